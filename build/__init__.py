@@ -1,0 +1,1 @@
+"""Checkpoint to ONNX to engine to a version of the model repository."""

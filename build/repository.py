@@ -1,0 +1,69 @@
+"""The model repository: which versions it holds, and how a new one gets in."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aisle.errors import InputError
+
+MODELS = ("tokenizer", "encoder", "labeler", "product_classifier")  # the ensemble comes last
+PYTHON_MODELS = MODELS[:3]
+TEMPLATE = Path(__file__).parent.parent / "model_repository"
+
+
+def versions(repository: Path) -> list[int]:
+    """Return the complete versions, oldest first: those that every model has."""
+    each = [{int(p.name) for p in (repository / model).glob("[0-9]*") if p.name.isdigit()} for model in MODELS]
+    return sorted(set.intersection(*each))
+
+
+def latest_version(repository: Path) -> int:
+    """Return the version that Triton serves.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = versions(repository)
+    if not found:
+        raise InputError(f"{repository} holds no built version; make one with: aisle build CHECKPOINT")
+    return found[-1]
+
+
+@contextmanager
+def new_version(repository: Path) -> Iterator[tuple[int, dict[str, Path]]]:
+    """Give an empty folder for each model; on leaving without an error, they become the next version.
+
+    Files are written beside and renamed, the ensemble's last, so that no half-written version is ever served.
+    A repository that is not there yet is laid out first.
+
+    Raises:
+        InputError: the disk is full or the repository cannot be written.
+    """
+    try:
+        _lay_out(repository)
+        number = 1 + max((int(p.name) for m in MODELS for p in (repository / m).glob("[0-9]*")), default=0)
+        folders = {model: Path(tempfile.mkdtemp(prefix=".building-", dir=repository / model)) for model in MODELS}
+        try:
+            for model in PYTHON_MODELS:  # Triton looks for the code in the version's folder
+                (folders[model] / "model.py").symlink_to("../model.py")
+            yield number, folders
+            for model, folder in folders.items():
+                folder.chmod(0o755)
+                folder.rename(repository / model / str(number))
+        finally:
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {repository}: {error.strerror or error}") from None
+
+
+def _lay_out(repository: Path) -> None:
+    for source in TEMPLATE.glob("**/*"):
+        target = repository / source.relative_to(TEMPLATE)
+        if source.suffix in {".pbtxt", ".py"} and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)

@@ -1,0 +1,16 @@
+"""The thin gRPC client: `Classifier`, its asyncio twin, and the classification of whole files."""
+
+from aisle.client.aio import AsyncClassifier
+from aisle.client.classifier import Classifier
+from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Prediction, Unavailable
+
+__all__ = [
+    "TLS",
+    "AsyncClassifier",
+    "Classifier",
+    "ClassifierError",
+    "Failure",
+    "InvalidText",
+    "Prediction",
+    "Unavailable",
+]

@@ -1,0 +1,95 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any, Self
+
+from tritonclient.grpc import InferenceServerException
+from tritonclient.grpc.aio import InferenceServerClient
+
+from aisle.client.protocol import (
+    CHANNEL,
+    IN_FLIGHT,
+    MODEL,
+    OUTPUTS,
+    TLS,
+    Prediction,
+    Unavailable,
+    backoff,
+    inputs,
+    predictions,
+    translate,
+)
+
+
+class AsyncClassifier:
+    """The asyncio twin of `Classifier`: the same arguments, results and errors."""
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        timeout: float = 10.0,
+        retries: int = 4,
+        tls: TLS | None = None,
+        model_version: str = "",
+    ) -> None:
+        self._timeout = timeout
+        self._retries = retries
+        self._version = model_version
+        self._client = InferenceServerClient(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
+        self._max_batch: int | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def classify(self, texts: Sequence[str | bytes], top_k: int = 1) -> list[Prediction]:
+        """Return the predictions of `texts`, in their order; see `Classifier.classify`."""
+        size = await self.max_batch()
+        in_flight = asyncio.Semaphore(IN_FLIGHT)
+
+        async def request(batch: Sequence[str | bytes]) -> list[Prediction]:
+            async with in_flight:
+                return await self._request(batch, top_k)
+
+        tasks = [asyncio.create_task(request(texts[i : i + size])) for i in range(0, len(texts), size)]
+        try:
+            batches = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        return [prediction for batch in batches for prediction in batch]
+
+    async def max_batch(self) -> int:
+        """How many texts the server takes in one request."""
+        if self._max_batch is None:
+            config = await self._retrying(lambda: self._client.get_model_config(MODEL, self._version))
+            self._max_batch = max(1, config.config.max_batch_size)
+        return self._max_batch
+
+    async def _request(self, texts: Sequence[str | bytes], top_k: int) -> list[Prediction]:
+        tensors = inputs(texts, top_k)
+        result = await self._retrying(
+            lambda: self._client.infer(MODEL, tensors, self._version, OUTPUTS, client_timeout=self._timeout)
+        )
+        return predictions(result)
+
+    async def _retrying(self, call: Any) -> Any:
+        for attempt in itertools.count():
+            try:
+                return await call()
+            except InferenceServerException as error:
+                translated = translate(error)
+                if not isinstance(translated, Unavailable) or attempt >= self._retries:
+                    raise translated from None
+            await asyncio.sleep(backoff(attempt))

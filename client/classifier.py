@@ -1,0 +1,162 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+from tritonclient.grpc import InferenceServerClient, InferenceServerException
+
+from aisle.client.protocol import (
+    CHANNEL,
+    IN_FLIGHT,
+    MODEL,
+    OUTPUTS,
+    TLS,
+    Failure,
+    InvalidText,
+    Prediction,
+    Unavailable,
+    backoff,
+    inputs,
+    predictions,
+    translate,
+)
+
+Text = str | bytes
+Answers = list[Prediction | Failure]
+
+
+class Classifier:
+    """Classifies product texts on an Aisle server. One instance may be shared by threads.
+
+    with Classifier("localhost:8001") as classifier:
+        for prediction in classifier.classify(["蓝牙耳机 降噪", "usb c cable 2m"]):
+            print(prediction.category, prediction.confidence)
+    """
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        timeout: float = 10.0,
+        retries: int = 4,
+        tls: TLS | None = None,
+        model_version: str = "",
+    ) -> None:
+        """Name the server; the first call connects.
+
+        Args:
+            url: host:port of its gRPC endpoint.
+            timeout: seconds that one request may take.
+            retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
+            tls: encrypt the connection.
+            model_version: the version to ask for; by default the server's latest.
+        """
+        self._timeout = timeout
+        self._retries = retries
+        self._version = model_version
+        self._client = InferenceServerClient(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
+        self._threads = ThreadPoolExecutor(IN_FLIGHT, "aisle-client")
+        self._max_batch: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def classify(self, texts: Sequence[Text], top_k: int = 1) -> list[Prediction]:
+        """Return the predictions of `texts`, in their order. Long lists travel as several requests at once.
+
+        Raises:
+            InvalidText: a text cannot be classified, or `top_k` is out of range.
+            Unavailable: no server answered.
+            ClassifierError: the server failed, or took longer than the timeout.
+        """
+        answers = []
+        for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request):
+            answers += batch
+        return answers
+
+    def stream(self, texts: Iterable[Text | None], top_k: int = 1) -> Iterator[Prediction | Failure]:
+        """Yield an answer for each of any number of texts, in their order and in constant memory.
+
+        A text that the server refuses gets a `Failure`; the others of its batch are classified all the same.
+
+        Raises:
+            Unavailable, ClassifierError: as `classify`.
+        """
+        for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request_each):
+            yield from batch
+
+    @property
+    def max_batch(self) -> int:
+        """How many texts the server takes in one request."""
+        if self._max_batch is None:
+            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version))
+            self._max_batch = max(1, config.config.max_batch_size)
+        return self._max_batch
+
+    def _pipeline(self, batches: Iterable[list[Any]], top_k: int, request: Any) -> Iterator[Any]:
+        """Yield the answers of the batches in order, with up to IN_FLIGHT requests under way."""
+        pending: deque[Future[Any]] = deque()
+        try:
+            for batch in batches:
+                pending.append(self._threads.submit(request, batch, top_k))
+                if len(pending) == IN_FLIGHT:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _request(self, texts: list[Text], top_k: int) -> list[Prediction]:
+        tensors = inputs(texts, top_k)
+        return predictions(
+            self._retrying(
+                lambda: self._client.infer(MODEL, tensors, self._version, OUTPUTS, client_timeout=self._timeout)
+            )
+        )
+
+    def _request_each(self, texts: list[Text | None], top_k: int) -> Answers:
+        """Classify a batch in which texts may be missing or bad."""
+        answers = iter(self._halving([text for text in texts if text is not None], top_k))
+        return [Failure("text is missing; send a string") if text is None else next(answers) for text in texts]
+
+    def _halving(self, texts: list[Text], top_k: int) -> Answers:
+        """Classify a batch; where it is refused, halve it until each bad text stands alone."""
+        if not texts:
+            return []
+        try:
+            return [*self._request(texts, top_k)]
+        except InvalidText as error:
+            if len(texts) == 1:
+                return [Failure(str(error))]
+        middle = len(texts) // 2
+        return self._halving(texts[:middle], top_k) + self._halving(texts[middle:], top_k)
+
+    def _retrying(self, call: Any) -> Any:
+        for attempt in itertools.count():
+            try:
+                return call()
+            except InferenceServerException as error:
+                translated = translate(error)
+                if not isinstance(translated, Unavailable) or attempt >= self._retries:
+                    raise translated from None
+            time.sleep(backoff(attempt))
+
+
+def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    texts = iter(texts)
+    while chunk := list(itertools.islice(texts, size)):
+        yield chunk

@@ -1,0 +1,127 @@
+"""What goes over the wire and what comes back: shared by the blocking client and its asyncio twin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+
+from aisle.errors import InputError, ServerError
+
+MODEL = "product_classifier"
+IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
+OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
+# Triton's own limits: messages of any size, so that a batch of long texts fits.
+CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable categories of one text, best first, and their probabilities."""
+
+    categories: tuple[str, ...]
+    confidences: tuple[float, ...]
+
+    @property
+    def category(self) -> str:
+        return self.categories[0]
+
+    @property
+    def confidence(self) -> float:
+        return self.confidences[0]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Stands in the place of a `Prediction` where the server refused one text of many."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TLS:
+    """PEM files: the authority to trust (the system's by default) and, for mutual TLS, the client's own pair."""
+
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    certificate_chain: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what tritonclient calls these."""
+        files = {
+            "root_certificates": self.root_certificates,
+            "private_key": self.private_key,
+            "certificate_chain": self.certificate_chain,
+        }
+        for path in files.values():
+            if path is not None and not path.is_file():
+                raise InputError(f"{path}: no such file")
+        return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
+
+
+class ClassifierError(ServerError):
+    """The server answered with an error; `status` is gRPC's name for it, as DEADLINE_EXCEEDED."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+
+
+class InvalidText(InputError):
+    """The server cannot classify what was sent (INVALID_ARGUMENT); the message says what to change."""
+
+
+class Unavailable(ClassifierError):
+    """No server answered, after all retries."""
+
+
+def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
+    """Return the request's tensors: `text` BYTES [n, 1] and, unless it is 1, `top_k` INT32 [n, 1].
+
+    Raises:
+        InvalidText: a string holds lone surrogates and so has no UTF-8 form, or `top_k` is no 32-bit number.
+    """
+    try:
+        raw = [text.encode() if isinstance(text, str) else text for text in texts]
+    except UnicodeEncodeError:
+        raise InvalidText("text is not valid Unicode: it holds lone surrogates; remove them") from None
+    text = InferInput("text", [len(raw), 1], "BYTES")
+    text.set_data_from_numpy(np.array(raw, np.object_).reshape(-1, 1))
+    if top_k == 1:
+        return [text]
+    if not -(2**31) <= top_k < 2**31:
+        raise InvalidText(f"top_k must be from 1 to the number of categories; got {top_k}")
+    k = InferInput("top_k", [len(raw), 1], "INT32")
+    k.set_data_from_numpy(np.full((len(raw), 1), top_k, np.int32))
+    return [text, k]
+
+
+def predictions(result: Any) -> list[Prediction]:
+    """Read `category` and `confidence`, both [n, k]."""
+    categories = result.as_numpy("category")
+    confidences = result.as_numpy("confidence")
+    return [
+        Prediction(tuple(name.decode() for name in names), tuple(values))
+        for names, values in zip(categories, confidences.tolist(), strict=True)
+    ]
+
+
+def translate(error: InferenceServerException) -> Exception:
+    """Return the exception that callers see."""
+    status = str(error.status() or "").removeprefix("StatusCode.")
+    message = str(error.message() or "")
+    if status == "INVALID_ARGUMENT":
+        return InvalidText(message)
+    if status == "UNAVAILABLE":
+        return Unavailable(status, message)
+    return ClassifierError(status, message)
+
+
+def backoff(attempt: int) -> float:
+    """Return seconds to wait before retry `attempt`, counted from 0: exponential with full jitter."""
+    return random.uniform(0, min(2.0, 0.1 * 2**attempt))

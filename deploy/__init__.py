@@ -1,0 +1,1 @@
+"""How Aisle runs: a local Triton here, containers and Kubernetes in the files beside."""

@@ -1,0 +1,29 @@
+"""Triton's `encoder`: `input_ids` [n, longest] and `lengths` [n, 1] of many requests to `logits` [n, labels]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from aisle.build.engine import load_engine
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        device = args["model_instance_kind"], args["model_instance_device_id"]
+        self.engine = load_engine(Path(args["model_repository"], args["model_version"]), *device)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Drop each request's padding, run all texts as one batch, hand each request its own logits."""
+        tokens, lengths = [], []
+        for request in requests:
+            input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
+            length = pb_utils.get_input_tensor_by_name(request, "lengths").as_numpy()
+            tokens.append(input_ids[np.arange(input_ids.shape[1]) < length])
+            lengths.append(length[:, 0])
+        logits = self.engine(np.concatenate(tokens), np.concatenate(lengths))
+        parts = np.split(logits, np.cumsum([len(length) for length in lengths])[:-1])
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("logits", part)]) for part in parts]

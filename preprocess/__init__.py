@@ -1,0 +1,1 @@
+"""The one definition of "text in": training and serving both go through here."""

@@ -1,0 +1,49 @@
+"""Encoding: cleaned texts to WordPiece token ids, with the checkpoint's own tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from aisle.errors import InputError
+
+MAX_TOKENS = 128  # of one text, [CLS] and [SEP] included, unless tokenizer.json sets its own truncation
+
+
+class Encoder:
+    """Turns cleaned texts into token ids; the fast tokenizer encodes a whole batch in one call."""
+
+    def __init__(self, tokenizer_json: Path) -> None:
+        """Load a fast tokenizer.
+
+        Raises:
+            InputError: the file is missing or is no tokenizer.
+        """
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{tokenizer_json} is no fast tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        if self._tokenizer.truncation is None:
+            self._tokenizer.enable_truncation(MAX_TOKENS)
+        truncation: Any = self._tokenizer.truncation
+        self.max_tokens: int = truncation["max_length"]
+        self.vocabulary: int = self._tokenizer.get_vocab_size()
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def __call__(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return `input_ids` [texts, longest], zero beyond each text's end, and `lengths` [texts, 1]."""
+        tokens = self.tokens(texts)
+        lengths = np.array([[len(ids)] for ids in tokens], np.int32)
+        input_ids = np.zeros((len(tokens), lengths.max()), np.int32)
+        for row, ids in zip(input_ids, tokens, strict=True):
+            row[: len(ids)] = ids
+        return input_ids, lengths

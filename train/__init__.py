@@ -1,0 +1,1 @@
+"""Fine-tune and evaluate: labelled texts in, checkpoint out."""
