@@ -209,6 +209,39 @@ def classify(
     report({"predictions": rows}, as_json, _show_predictions)
 
 
+@app.command()
+def loadtest(
+    data: Annotated[Path, typer.Argument(help="A table of texts to send.")],
+    text_column: TextColumn = "text",
+    url: Url = "localhost:8001",
+    users: Annotated[int, typer.Option(min=1, help="Callers at once, one text each.")] = 32,
+    seconds: Annotated[int, typer.Option(min=1)] = 30,
+    html: Annotated[Path, typer.Option(help="The report to write.")] = Path("loadtest/report/locust.html"),
+    as_json: Json = False,
+) -> None:
+    """Measure a running server under load, with Locust."""
+    from aisle.loadtest.run import loadtest as run
+
+    report(
+        run(data, text_column, url, users, seconds, html),
+        as_json,
+        lambda r: say(f"{r['texts_per_second']} texts/s, p50 {r['p50_ms']} ms, p99 {r['p99_ms']} ms; see {html}"),
+    )
+
+
+@app.command()
+def demo(
+    texts: Annotated[Path | None, typer.Argument(help="A file of texts to classify.", show_default="a dozen")] = None,
+    repository: Repository = Path("model_repository"),
+    as_json: Json = False,
+) -> None:
+    """Go the whole way on the synthetic sample: train, build, serve, classify; nothing is left running."""
+    from aisle.demo import TEXTS
+    from aisle.demo import demo as run
+
+    report(run(Path("work"), repository, texts or TEXTS), as_json, _show_demo)
+
+
 def _show_metrics(result: dict[str, Any]) -> None:
     table = Table("category", "precision", "recall", "F1", "rows")
     for name, row in result["per_class"].items():
@@ -223,4 +256,11 @@ def _show_predictions(result: dict[str, Any]) -> None:
     for row in result["predictions"]:
         for rank, (category, confidence) in enumerate(zip(row["categories"], row["confidences"], strict=True)):
             table.add_row("" if rank else row["text"], category, f"{confidence:.4f}")
+    stdout.print(table)
+
+
+def _show_demo(result: dict[str, Any]) -> None:
+    table = Table("text", "category", "confidence", "latency", title="a model trained on a SYNTHETIC catalogue")
+    for row in result["predictions"]:
+        table.add_row(row["text"], row["category"], f"{row['confidence']:.4f}", f"{row['milliseconds']:.1f} ms")
     stdout.print(table)

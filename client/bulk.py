@@ -12,7 +12,7 @@ from typing import Any
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import Failure, Prediction
 from aisle.errors import InputError
-from aisle.preprocess.table import Row, column, file_format, fingerprint, read_rows, write_rows
+from aisle.preprocess.table import Row, as_text, file_format, fingerprint, read_rows, write_rows
 
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -47,7 +47,7 @@ def classify_file(
     done = _resume(partial, job)
 
     for_texts, for_output = itertools.tee(itertools.islice(read_rows(source), done, None))
-    texts = (text for (text,) in column(for_texts, [text_column], source))
+    texts = (as_text(row.get(text_column)) for row in for_texts)
     added = _added_columns(top_k)
     failures = answered = 0
     with partial.open("ab") as journal:

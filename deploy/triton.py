@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from aisle.console import say
 from aisle.errors import InputError, ServerError
 
 CONTAINER = Path("/opt/tritonserver")
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 
@@ -39,6 +41,15 @@ class Options:
     metrics_port: int = 8002
     model_config_name: str = ""  # picks MODEL/configs/NAME.pbtxt where there is one, as `gpu`
     cache_mb: int = 256  # of answers; 0 turns the response cache off
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback address that nothing listens on now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @contextmanager
@@ -126,15 +137,14 @@ def _installation(home: Path) -> tuple[list[str], dict[str, str]]:
         raise InputError("there is no Triton here: pip install 'aisle[serve]', or use NVIDIA's Triton container")
     site = Path(spec.origin).parent.parent
     wheel = site / "pytriton" / "tritonserver"
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
+    stub = wheel / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
-        raise InputError(f"nvidia-pytriton has no backend for Python {python}; use Python 3.11")
+        raise InputError(f"nvidia-pytriton has no backend for Python {PYTHON}; use Python 3.11")
     # The wheel keeps one stub a Python version; Triton looks for it beside the backend's library.
     backend = home / "backends" / "python"
     shutil.copytree(wheel / "backends" / "python", backend)
     shutil.copy2(stub, backend)
-    libraries = [str(site / "nvidia_pytriton.libs"), _python_library(python)]
+    libraries = [str(site / "nvidia_pytriton.libs"), python_library()]
     if inherited := os.environ.get("LD_LIBRARY_PATH"):
         libraries.append(inherited)
     environment["LD_LIBRARY_PATH"] = ":".join(libraries)
@@ -145,9 +155,13 @@ def _installation(home: Path) -> tuple[list[str], dict[str, str]]:
     ], environment
 
 
-def _python_library(python: str) -> str:
-    """Return the folder of libpython, which the Python backend links."""
-    name = f"libpython{python}.so.1.0"
+def python_library() -> str:
+    """Return the folder of libpython, which the Python backend links.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    name = f"libpython{PYTHON}.so.1.0"
     folders = [
         Path(sys.base_prefix) / "lib",
         *map(Path, ("/usr/lib/x86_64-linux-gnu", "/usr/local/lib", "/usr/lib64")),
@@ -155,7 +169,7 @@ def _python_library(python: str) -> str:
     for folder in folders:
         if (folder / name).exists():
             return str(folder)
-    raise InputError(f"Triton's Python backend needs {name}: apt-get install libpython{python}")
+    raise InputError(f"Triton's Python backend needs {name}: apt-get install libpython{PYTHON}")
 
 
 def _end_with_parent() -> None:

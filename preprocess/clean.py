@@ -6,7 +6,6 @@ import hashlib
 import html
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -91,11 +90,11 @@ class CleaningReport:
 
     rows_in: int = 0
     rows_kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
-        self.dropped[reason] += 1
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
         rows = self.examples.setdefault(reason, [])
         if len(rows) < 5:
             rows.append(row)

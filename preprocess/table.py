@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, Literal
 
 from aisle.errors import InputError
 
@@ -32,11 +32,11 @@ def file_format(path: Path) -> str:
     return found
 
 
-def open_text(path: Path, mode: str = "r") -> TextIO:
+def open_text(path: Path, mode: Literal["rt", "wt"] = "rt") -> IO[str]:
     """Open a plain or gzipped UTF-8 file; bytes that are not UTF-8 come through as lone surrogates."""
-    encoding = "utf-8-sig" if mode == "r" else "utf-8"
+    encoding = "utf-8-sig" if mode == "rt" else "utf-8"
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, mode + "t", encoding=encoding, errors="surrogateescape", newline="")  # type: ignore[return-value]
+        return gzip.open(path, mode, encoding=encoding, errors="surrogateescape", newline="")
     return path.open(mode, encoding=encoding, errors="surrogateescape", newline="")
 
 
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_jsonl(path: Path, file: TextIO) -> Iterator[Row]:
+def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -103,7 +103,7 @@ def write_rows(path: Path, rows: Callable[[], Iterator[Row]], columns: list[str]
     if kind == "parquet":
         _write_parquet(path, rows, columns)
         return
-    with open_text(path, "w") as file:
+    with open_text(path, "wt") as file:
         if kind == "jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
         else:
@@ -145,7 +145,12 @@ def column(rows: Iterator[Row], names: list[str], path: Path) -> Iterator[tuple[
             if name not in row and number == 1:
                 there = ", ".join(str(key) for key in row)
                 raise InputError(f"{path}: no column {name!r}; it has: {there}")
-        yield tuple(None if row.get(name) is None else str(row[name]) for name in names)
+        yield tuple(as_text(row.get(name)) for name in names)
+
+
+def as_text(value: Any) -> str | None:
+    """Return a cell as text; numbers and dates are written out, absent cells stay None."""
+    return None if value is None else str(value)
 
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> Iterator[tuple[str | None, str | None]]:

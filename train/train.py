@@ -63,7 +63,7 @@ def train(data: Path, text_column: str, label_column: str, out: Path, settings: 
 
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column))
-    say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {dict(cleaning.dropped) or 'none'}")
+    say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
     parts = split(table)
     number = {label: i for i, label in enumerate(parts.labels)}
     targets = torch.tensor([number[label] for label in parts.train.labels])

@@ -1,0 +1,44 @@
+# Each target is one line over the `aisle` command; `make demo` and `make test` set up what they need.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+AISLE := $(BIN)/aisle
+CHECKPOINT ?= work/checkpoint
+URL ?= localhost:8001
+
+.PHONY: demo test lint train evaluate engine serve classify loadtest clean
+
+demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
+	$(AISLE) demo
+
+test: lint ## the whole test suite
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+train: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
+	$(AISLE) train --data $(DATA) -o $(CHECKPOINT)
+
+evaluate: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
+	$(AISLE) evaluate $(CHECKPOINT) $(DATA)
+
+engine: .venv/ready ## [CHECKPOINT=DIR]
+	$(AISLE) build $(CHECKPOINT)
+
+serve: .venv/ready
+	$(AISLE) serve
+
+classify: .venv/ready ## FILE=FILE OUT=FILE [URL=HOST:PORT]
+	$(AISLE) classify $(FILE) -o $(OUT) --url $(URL)
+
+loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE
+	$(AISLE) loadtest $(DATA) --url $(URL)
+
+clean:
+	rm -rf work model_repository/*/[0-9]*
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --progress-bar=on --editable '.[dev]'
+	deploy/libpython.sh $(BIN)/python
+	touch $@

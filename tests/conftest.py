@@ -1,0 +1,77 @@
+"""One small checkpoint, one repository, one Triton for the whole session."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from aisle.build.build import build
+from aisle.client import Classifier
+from aisle.deploy.triton import Options, free_ports, running
+from aisle.train.catalogue import write_sample
+from aisle.train.train import Settings, train
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    http: str
+    metrics: str
+    labels: int
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic titles with all their faults."""
+    path = tmp_path_factory.mktemp("data") / "sample.csv"
+    write_sample(path, 4000, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "checkpoint"
+    train(sample, "text", "category", folder, Settings(epochs=3))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "model_repository"
+    build(checkpoint, folder, "openvino", "fp32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    from aisle.train.checkpoint import read_labels
+
+    grpc, http, metrics = free_ports(3)
+    options = Options(repository, grpc_port=grpc, http_port=http, metrics_port=metrics)
+    with (tmp_path_factory.mktemp("log") / "triton.log").open("wb") as log, running(options, log):
+        urls = [f"localhost:{port}" for port in (grpc, http, metrics)]
+        yield Server(urls[0], urls[1], urls[2], len(read_labels(checkpoint)))
+
+
+@pytest.fixture(scope="session")
+def classifier(server: Server) -> Iterator[Classifier]:
+    with Classifier(server.url, timeout=60) as each:
+        yield each
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)
+
+
+def aisle(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would."""
+    command = [sys.executable, "-m", "aisle", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)

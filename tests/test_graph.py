@@ -1,0 +1,56 @@
+"""The packed graph computes what Hugging Face's padded BERT computes."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+from aisle.build.graph import PackedBert
+from aisle.errors import InputError
+from aisle.preprocess.pack import pack
+from aisle.train.evaluate import pad
+
+
+def random_bert(seed: int, **settings: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "num_labels": 7,
+        **settings,
+    }
+    model = BertForSequenceClassification(BertConfig(**config, initializer_range=0.2)).eval()
+    for parameter in model.parameters():  # biases and LayerNorms start at 0 and 1, which would hide a mix-up
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("texts", [1, 2, 7, 64])
+@pytest.mark.parametrize("settings", [{}, {"num_attention_heads": 2, "num_hidden_layers": 1}, {"type_vocab_size": 1}])
+def test_packed_is_exact(texts: int, settings: dict[str, int]) -> None:
+    model = random_bert(texts, **settings)
+    rng = np.random.default_rng(texts)
+    lengths = rng.integers(1, 129, texts)
+    lengths[0] = [1, 128][texts % 2]
+    tokens = rng.integers(0, 500, lengths.sum())
+    input_ids, attention_mask = pad([text.tolist() for text in np.split(tokens, np.cumsum(lengths)[:-1])])
+    with torch.inference_mode():
+        expected = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        actual = PackedBert(model)(*map(torch.from_numpy, pack(tokens, lengths, 128)))
+    assert (actual - expected).abs().max() < 1e-4
+
+
+def test_other_architectures_are_refused() -> None:
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=50, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
+    )
+    with pytest.raises(InputError, match="BertForSequenceClassification"):
+        PackedBert(model)

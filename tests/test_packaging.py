@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_holds_aisle_alone(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True, text=True
+    )
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"aisle"}
+    for needed in (
+        "aisle/cli.py",
+        "aisle/client/classifier.py",
+        "aisle/build/graph.py",
+        "aisle/train/catalogue.toml",
+        "aisle/model_repository/product_classifier/config.pbtxt",
+        "aisle/model_repository/encoder/configs/gpu.pbtxt",
+    ):
+        assert needed in names
+    assert not [name for name in names if name.endswith((".pyc", "model.bin", "tokenizer.json"))]
+
+
+def test_thin_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {dependency.partition(">")[0] for dependency in project["dependencies"]}
+    assert names == {"numpy", "tritonclient[grpc]", "typer"}
+
+
+def test_serving_needs_no_torch_and_no_transformers() -> None:
+    """All that the model repository's code imports, imported without them."""
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+sys.modules["triton_python_backend_utils"] = type(sys)("stub")
+import runpy
+for model in ("tokenizer", "encoder", "labeler"):
+    runpy.run_path(f"model_repository/{model}/model.py")
+import aisle.deploy.triton
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=dict(os.environ))

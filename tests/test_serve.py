@@ -1,0 +1,182 @@
+"""Over the wire, against the real server."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput
+
+from aisle.client import Classifier, ClassifierError, InvalidText
+from aisle.preprocess.clean import MAX_BYTES, prepare
+from aisle.preprocess.encode import Encoder
+from aisle.train.checkpoint import load_model, read_labels
+from aisle.train.evaluate import evaluate, logits_of
+
+from .conftest import Server
+
+TEXTS = [
+    "红富士苹果 5斤装",
+    "<b>手机壳</b> 磨砂防摔 适用苹果手机",
+    "ＷＩＲＥＬＥＳＳ earbuds &amp; case!!!",
+    "洗发水\u200b 控油去屑 500ml",
+    "婴儿奶粉 " * 200,  # cut at the limit
+    "𠮷野家 emoji 🎧",
+]
+
+
+@pytest.fixture(scope="module")
+def triton(server: Server) -> Iterator[InferenceServerClient]:
+    with InferenceServerClient(server.url) as client:
+        yield client
+
+
+def tensor(name: str, values: Any, datatype: str) -> InferInput:
+    array = np.array(values, {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32}[datatype])
+    made = InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array)
+    return made
+
+
+def statistics(triton: InferenceServerClient, model: str) -> Any:
+    return triton.get_inference_statistics(model).model_stats[0]
+
+
+def test_training_and_serving_see_the_same_tokens(triton: InferenceServerClient, checkpoint: Path) -> None:
+    result = triton.infer("tokenizer", [tensor("text", [[t.encode()] for t in TEXTS], "BYTES")])
+    input_ids, lengths = result.as_numpy("input_ids"), result.as_numpy("lengths")[:, 0]
+    expected = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in TEXTS])
+    assert [row[:n].tolist() for row, n in zip(input_ids, lengths, strict=True)] == expected
+    assert max(map(len, expected)) == 128
+
+
+def test_served_probabilities_are_pytorchs(classifier: Classifier, server: Server, checkpoint: Path) -> None:
+    tokens = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in TEXTS])
+    logits = logits_of(load_model(checkpoint), tokens, "expected").astype(float)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = read_labels(checkpoint)
+    for answer, row in zip(classifier.classify(TEXTS, top_k=server.labels), probabilities, strict=True):
+        assert sum(answer.confidences) == pytest.approx(1, abs=1e-5)
+        assert list(answer.confidences) == sorted(answer.confidences, reverse=True)
+        for category, confidence in zip(answer.categories, answer.confidences, strict=True):
+            assert confidence == pytest.approx(row[labels.index(category)], abs=1e-4)
+
+
+def test_served_accuracy_is_pytorchs(server: Server, checkpoint: Path, sample: Path) -> None:
+    local = evaluate(sample, "text", "category", checkpoint=checkpoint, held_out=True)
+    served = evaluate(sample, "text", "category", url=server.url, held_out=True)
+    for key in ("accuracy", "macro_f1", "per_class", "rows"):
+        assert served[key] == local[key]
+
+
+def test_top_k_is_part_of_the_cache_key(classifier: Classifier, triton: InferenceServerClient) -> None:
+    before = statistics(triton, "product_classifier").inference_stats.cache_hit.count
+    answers = [classifier.classify(["缓存 测试"], top_k=k)[0] for k in (3, 5, 1, 3, 5, 1)]
+    assert [len(answer.categories) for answer in answers] == [3, 5, 1, 3, 5, 1]
+    assert answers[:3] == answers[3:]
+    assert answers[0].categories == answers[1].categories[:3]
+    assert statistics(triton, "product_classifier").inference_stats.cache_hit.count >= before + 3
+
+
+BAD_TEXTS = [
+    (b"", "empty once cleaned; send"),
+    (b" <br> \n", "empty once cleaned"),
+    (b"\xff\xfe\xfd", "not valid UTF-8; encode it"),
+    ("长" * (MAX_BYTES // 3 + 1), f"over the limit of {MAX_BYTES}; shorten it"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), BAD_TEXTS)
+def test_a_bad_text_is_an_invalid_argument(classifier: Classifier, text: str | bytes, complaint: str) -> None:
+    with pytest.raises(InvalidText, match=complaint):
+        classifier.classify([text])
+    with pytest.raises(InvalidText, match=f"row 1: .*{complaint}"):
+        classifier.classify(["好", text, "坏"])
+
+
+def test_a_bad_request_spoils_no_other_of_its_batch(classifier: Classifier, triton: InferenceServerClient) -> None:
+    """Good and bad requests arrive together; each gets its own answer, and they did share executions."""
+    good = [f"苹果 {i}斤装" for i in range(60)]
+    expected = {text: classifier.classify([text, "另一件"], top_k=2)[0] for text in good}
+    before = statistics(triton, "tokenizer")
+
+    def ask(number: int) -> None:
+        if number % 4 == 0:
+            with pytest.raises(InvalidText):
+                classifier.classify([BAD_TEXTS[number // 4 % 4][0]])
+        else:
+            answer = classifier.classify([good[number % 60]], top_k=2)[0]
+            assert answer.categories == expected[good[number % 60]].categories
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(ask, range(400)))
+    after = statistics(triton, "tokenizer")
+    assert after.execution_count - before.execution_count < after.inference_count - before.inference_count
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 10_000])
+def test_top_k_out_of_range(classifier: Classifier, server: Server, top_k: int) -> None:
+    with pytest.raises(InvalidText, match=f"from 1 to {server.labels} in every row; got \\[{top_k}\\]"):
+        classifier.classify(["好"], top_k=top_k)
+
+
+TEXT = tensor("text", [["好".encode()]] * 2, "BYTES")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        ([tensor("text", [b"a", b"b"], "BYTES")], "shape"),
+        ([tensor("text", [[b"a", b"b"]], "BYTES")], "shape"),
+        ([tensor("text", [[1], [2]], "INT32")], "data-type"),
+        ([tensor("text", [[b"a"]] * 65, "BYTES")], "batch-size must be <= 64"),
+        ([TEXT, tensor("top_k", [[1]], "INT32")], "batch size"),
+        ([TEXT, tensor("top_k", [[1], [2]], "INT32")], r"got \[1, 2\]"),
+        ([TEXT, tensor("top_k", [[1.0], [1.0]], "FP32")], "data-type"),
+        ([TEXT, tensor("extra", [[1], [1]], "INT32")], "extra"),
+        ([tensor("top_k", [[1]], "INT32")], "text"),
+    ],
+)
+def test_wrong_shapes_and_types(triton: InferenceServerClient, inputs: list[InferInput], complaint: str) -> None:
+    with pytest.raises(InferenceServerException, match=complaint) as caught:
+        triton.infer("product_classifier", inputs)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_unknown_model_version(server: Server) -> None:
+    with Classifier(server.url, model_version="99") as classifier, pytest.raises(ClassifierError, match="99"):
+        classifier.classify(["好"])
+
+
+def test_texts_of_different_lengths_meet_in_one_execution(
+    classifier: Classifier, triton: InferenceServerClient
+) -> None:
+    before = statistics(triton, "encoder")
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda i: classifier.classify([f"第{i}件 " + "长" * (i % 100)]), range(300)))
+    after = statistics(triton, "encoder")
+    assert after.inference_count - before.inference_count == 300
+    assert after.execution_count - before.execution_count < 150
+
+
+def test_health_and_metrics(server: Server) -> None:
+    for path in ("live", "ready"):
+        assert urllib.request.urlopen(f"http://{server.http}/v2/health/{path}").status == 200
+    metrics = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
+    for name in ("nv_inference_count", "nv_inference_exec_count", "nv_cache_num_hits_per_model"):
+        assert f'{name}{{model="product_classifier"' in metrics or f'{name}{{model="encoder"' in metrics
+
+
+def test_the_contract(triton: InferenceServerClient) -> None:
+    metadata = triton.get_model_metadata("product_classifier", as_json=True)
+    assert json.loads(json.dumps(metadata))["inputs"] == [
+        {"name": "text", "datatype": "BYTES", "shape": ["-1", "1"]},
+        {"name": "top_k", "datatype": "INT32", "shape": ["-1", "1"]},
+    ]
+    assert [(o["name"], o["datatype"]) for o in metadata["outputs"]] == [("category", "BYTES"), ("confidence", "FP32")]

@@ -1,0 +1,146 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DistilBertConfig
+
+from aisle.errors import InputError
+from aisle.preprocess.clean import Table
+from aisle.preprocess.encode import Encoder
+from aisle.train.checkpoint import checkpoint_fingerprint, load_model, read_labels
+from aisle.train.data import is_held_out, split
+from aisle.train.evaluate import evaluate
+from aisle.train.model import train_tokenizer
+from aisle.train.train import Settings, like_lengths, train
+
+
+def table(path: Path, rows: list[tuple[str, str]], header: str = "text,category") -> Path:
+    path.write_text(header + "\n" + "".join(f"{text},{label}\n" for text, label in rows), "utf-8")
+    return path
+
+
+FRUIT = [(f"红富士苹果 {i}斤装", "水果") for i in range(40)] + [(f"手机壳 防摔 第{i}款", "配件") for i in range(40)]
+
+
+def test_checkpoint_is_complete(checkpoint: Path, sample: Path) -> None:
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    training = json.loads((checkpoint / "training.json").read_text())
+    labels = read_labels(checkpoint)
+    assert len(labels) >= 40
+    assert all(label.count(" > ") == 2 for label in labels)
+    assert load_model(checkpoint).config.id2label == dict(enumerate(labels))
+    assert training["checkpoint_sha256"] == checkpoint_fingerprint(checkpoint)
+    assert len(training["data"]["sha256"]) == len(training["code_sha256"]) == 64
+    assert training["data"]["cleaning"]["dropped"]["duplicate"] > 0
+    assert sum(row["support"] for row in metrics["per_class"].values()) == metrics["rows"]["held_out"]
+
+
+def test_it_learns(checkpoint: Path) -> None:
+    """Three epochs over 3,000 short titles: far from the best, far from the chance of one in forty."""
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    assert metrics["accuracy"] > 0.5
+    assert metrics["macro_f1"] > 0.4
+
+
+def test_evaluate_repeats_the_training_figures(checkpoint: Path, sample: Path) -> None:
+    """On the rows held out; the file's duplicates count here, so the figures are near, not equal."""
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    result = evaluate(sample, "text", "category", checkpoint=checkpoint, held_out=True)
+    assert result["accuracy"] == pytest.approx(metrics["accuracy"], abs=0.05)
+    assert result["skipped"]["empty"] > 0
+
+
+def test_split_is_by_content() -> None:
+    texts = [f"商品 {i}" for i in range(2000)]
+    parts = split(Table(texts, ["ab"[i % 2] for i in range(2000)]))
+    assert 0.17 < len(parts.held_out.texts) / 2000 < 0.23
+    assert not set(parts.train.texts) & set(parts.held_out.texts)
+    for text in texts[:100]:
+        assert is_held_out(text) == is_held_out(f" {text.upper()}！")
+
+
+def test_batches_cover_every_text_once() -> None:
+    tokens = [[0] * (1 + i % 30) for i in range(1003)]
+    batches = list(like_lengths(tokens, 64, random.Random(0)))
+    assert sorted(i for batch in batches for i in batch) == list(range(1003))
+    padded = sum(len(batch) * max(len(tokens[i]) for i in batch) for batch in batches)
+    assert sum(map(len, tokens)) / padded > 0.9
+
+
+def test_a_seed_repeats_a_run(tmp_path: Path) -> None:
+    data = table(tmp_path / "a.csv", FRUIT)
+    runs = [tmp_path / "1", tmp_path / "2", tmp_path / "3"]
+    for run, seed in zip(runs, [0, 0, 1], strict=True):
+        train(data, "text", "category", run, Settings(epochs=1, seed=seed))
+    weights = [load_model(run).classifier.weight for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """A masked-language BERT as a hub would give it, with WordPiece vocabulary file and all."""
+    folder = tmp_path / "pretrained"
+    texts = [text for text, _ in FRUIT]
+    vocabulary = train_tokenizer(texts, 128).get_vocab()
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n", "utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_any_hugging_face_bert_is_fine_tuned(pretrained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    metrics = train(
+        table(tmp_path / "a.csv", FRUIT, "title,kind"),
+        "title",
+        "kind",
+        out,
+        Settings(str(pretrained), epochs=8, batch_size=8, learning_rate=3e-3, max_tokens=64),
+    )
+    assert metrics["accuracy"] > 0.9
+    assert load_model(out).config.hidden_size == 32
+    assert Encoder(out / "tokenizer.json").max_tokens == 64
+
+
+def test_models_that_cannot_be_used(tmp_path: Path) -> None:
+    data = table(tmp_path / "a.csv", FRUIT)
+    DistilBertConfig().save_pretrained(tmp_path / "distil")
+    with pytest.raises(InputError, match="give a BERT"):
+        train(data, "text", "category", tmp_path / "out", Settings(str(tmp_path / "distil")))
+    with pytest.raises(InputError, match="cannot load"):
+        train(data, "text", "category", tmp_path / "out", Settings(str(tmp_path / "nothing")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([], "0 categories"),
+        ([("苹果", "水果"), ("香蕉", "水果")], "1 categories"),
+        ([*FRUIT, ("孤品", "独类")], "独类"),
+    ],
+)
+def test_data_that_cannot_be_learnt_from(tmp_path: Path, rows: list[tuple[str, str]], complaint: str) -> None:
+    if "孤品" in str(rows):  # the lone row must be one that the split holds out
+        rows[-1] = (next(t for t in (f"孤品{i}" for i in range(100)) if is_held_out(t)), "独类")
+    with pytest.raises(InputError, match=complaint):
+        train(table(tmp_path / "a.csv", rows), "text", "category", tmp_path / "out", Settings())
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no checkpoint"):
+        train(table(tmp_path / "a.csv", FRUIT), "text", "category", tmp_path, Settings())
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_evaluation_names_an_unknown_label(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'水果' was not in the training data"):
+        evaluate(table(tmp_path / "a.csv", FRUIT), "text", "category", checkpoint=checkpoint, held_out=False)
