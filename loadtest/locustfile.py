@@ -35,7 +35,7 @@ def read_texts(**_: Any) -> None:
         texts.append(text or "")
 
 
-events.test_start.add_listener(read_texts)
+events.test_start.add_listener(read_texts)  # type: ignore[no-untyped-call]
 
 
 class Service(User):

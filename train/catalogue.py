@@ -1,0 +1,136 @@
+"""A SYNTHETIC catalogue: titles as shops write them, made from the hand-written words of catalogue.toml.
+
+It lets the whole way be gone, and tested, without anyone's data. A score on it says nothing about real titles.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from aisle.errors import InputError
+from aisle.preprocess.table import Row, write_rows
+
+with Path(__file__).with_name("catalogue.toml").open("rb") as _file:
+    CATALOGUE: dict[str, Any] = tomllib.load(_file)
+LEAVES: list[dict[str, Any]] = CATALOGUE["leaf"]
+NEIGHBOURS = [[other for other in LEAVES if other["path"][1] == leaf["path"][1] and other != leaf] for leaf in LEAVES]
+
+
+def labels() -> list[str]:
+    """Return the categories, each the path from department to leaf."""
+    return [" > ".join(leaf["path"]) for leaf in LEAVES]
+
+
+def generate(rows: int, seed: int) -> Iterator[Row]:
+    """Yield rows of `text` and `category`: uneven, noisy, some repeated, some broken; the same for the same seed."""
+    rng = random.Random(seed)
+    names = labels()
+    # The commonest leaf is six times as frequent as the rarest, in an order that has nothing to do with the file's.
+    weights = [1 / (1 + 5 * rank / (len(LEAVES) - 1)) for rank in rng.sample(range(len(LEAVES)), len(LEAVES))]
+    recent: list[Row] = []
+    for _ in range(rows):
+        fate = rng.random()
+        if recent and fate < 0.03:
+            yield rng.choice(recent)  # the same listing again
+        elif recent and fate < 0.035:
+            yield {"text": rng.choice(recent)["text"], "category": rng.choice(names)}  # filed by a tired clerk
+        else:
+            number = rng.choices(range(len(LEAVES)), weights)[0]
+            row = {"text": title(rng, number), "category": names[number]}
+            if fate < 0.04:
+                row["text"] = rng.choice(["", " ", "<br>"])
+            elif fate < 0.045:
+                row["category"] = ""
+            else:
+                recent = [*recent[-199:], row]
+            yield row
+
+
+def title(rng: random.Random, number: int) -> str:
+    """Return one title of the leaf `number`."""
+    leaf = LEAVES[number]
+    english = rng.random() < 0.12
+    suffix, language = ("_en", "en") if english else ("", "zh")
+    words = rng.sample(leaf["attributes" + suffix], rng.choice([0, 1, 2, 2, 3, 3]))
+    # In a few titles the noun is left to be guessed from the rest.
+    hidden = len(words) > 1 and rng.random() < 0.06
+    words.append(
+        rng.choice(["good", "item"] if english else ["商品", "好物", "用品"])
+        if hidden
+        else rng.choice(leaf["nouns" + suffix])
+    )
+    rng.shuffle(words)
+    if rng.random() < 0.7:
+        words.insert(0, rng.choice(CATALOGUE["brands"]["en" if rng.random() < 0.2 else language]))
+    if rng.random() < 0.6:
+        words.append(rng.choice(leaf["units"]).replace("{n}", str(rng.randint(1, 9))))
+    if rng.random() < 0.1 and NEIGHBOURS[number]:  # names what it goes with, or is not
+        other = rng.choice(rng.choice(NEIGHBOURS[number])["nouns" + suffix])
+        words.append(
+            (f"for {other}", f"not {other}")[rng.random() < 0.3]
+            if english
+            else rng.choice(["配", "可搭", "非", "送"]) + other
+        )
+    if rng.random() < 0.35:
+        promotion = rng.choice(CATALOGUE["promotions"][language])
+        words.insert(rng.choice([0, len(words)]), f"【{promotion}】" if rng.random() < 0.4 else promotion)
+    text = (" " if english or rng.random() < 0.5 else "").join(words)
+    for chance, noise in NOISE:
+        if rng.random() < chance:
+            text = noise(rng, text)
+    return text
+
+
+def full_width(_: random.Random, text: str) -> str:
+    """Return the text in the full-width forms of its ASCII characters."""
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+def markup(rng: random.Random, text: str) -> str:
+    """Return the text with a tag or an entity, as pasted from a web page."""
+    return rng.choice([f"<b>{text}</b>", f"{text}<br/>", f"{text}&nbsp;&amp;&nbsp;赠品", f"<p>{text}</p>"])
+
+
+def shouting(rng: random.Random, text: str) -> str:
+    """Return the text with punctuation that shouts, or a picture."""
+    return text + rng.choice(["!!!", "！！！", "~~~", "。。。", "🔥", "❤️", " ✨✨"])
+
+
+def typo(rng: random.Random, text: str) -> str:
+    """Return the text with one character dropped, or two swapped."""
+    at = rng.randrange(max(1, len(text) - 1))
+    return text[:at] + (
+        text[at + 1 :] if rng.random() < 0.5 else text[at + 1 : at + 2] + text[at : at + 1] + text[at + 2 :]
+    )
+
+
+def spaces(rng: random.Random, text: str) -> str:
+    """Return the text with too much white space."""
+    return rng.choice(["  ", "\t", "　", " "]) + text.replace(" ", "   ", 1) + " "
+
+
+NOISE: list[tuple[float, Callable[[random.Random, str], str]]] = [
+    (0.03, typo),
+    (0.04, full_width),
+    (0.06, shouting),
+    (0.05, spaces),
+    (0.04, markup),
+]
+
+
+def write_sample(out: Path, rows: int, seed: int) -> dict[str, Any]:
+    """Write a table of synthetic titles; its kind is told by the file's name.
+
+    Raises:
+        InputError: the name is of no known kind, or the file cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(out, lambda: generate(rows, seed), ["text", "category"])
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    return {"rows": rows, "categories": len(LEAVES), "synthetic": True, "seed": seed, "output": str(out)}
