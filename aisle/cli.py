@@ -139,7 +139,7 @@ def build(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `aisle train` made.")],
     repository: Repository = Path("model_repository"),
     target: Annotated[str, typer.Option(help="openvino (CPU) or onnxruntime (GPU).")] = "openvino",
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the target's fastest.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into the next version of the model repository."""

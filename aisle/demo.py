@@ -34,7 +34,7 @@ def demo(work: Path, repository: Path, texts: Path) -> dict[str, Any]:
         say("2/4 training a small BERT on it, from scratch")
         train(table, "text", "category", checkpoint, Settings(epochs=EPOCHS))
     say("3/4 compiling it for this CPU")
-    version = build(checkpoint, repository, "openvino", "bf16")["version"]
+    version = build(checkpoint, repository)["version"]
     say("4/4 starting Triton and asking it")
     grpc_port, http_port, metrics_port = free_ports(3)
     options = Options(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aisle.build.engine import Engine, EngineSpec, load_engine
+from aisle.build.engine import PRECISIONS, Engine, EngineSpec, check_target, load_engine
 from aisle.build.graph import PackedBert
 from aisle.build.repository import new_version, versions
 from aisle.console import say
@@ -30,8 +30,8 @@ class GateError(Exception):
     """The engine does not agree with the checkpoint. Exit code 3."""
 
 
-def build(checkpoint: Path, repository: Path, target: str, precision: str) -> dict[str, Any]:
-    """Compile a checkpoint into the next version of a model repository.
+def build(checkpoint: Path, repository: Path, target: str = "openvino", precision: str | None = None) -> dict[str, Any]:
+    """Compile a checkpoint into the next version of a model repository; by default in the target's fastest precision.
 
     A repository whose latest version was built from the same checkpoint in the same way stays as it is.
 
@@ -40,6 +40,8 @@ def build(checkpoint: Path, repository: Path, target: str, precision: str) -> di
         GateError: the engine's logits differ from PyTorch's by more than rounding; nothing is written.
     """
     start = time.perf_counter()
+    precision = precision or PRECISIONS.get(target, ("",))[0]
+    check_target(target, precision)
     labels = read_labels(checkpoint)
     encoder = Encoder(checkpoint / "tokenizer.json")
     spec = EngineSpec(target, precision, encoder.max_tokens, len(labels), checkpoint_fingerprint(checkpoint))

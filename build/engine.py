@@ -15,8 +15,8 @@ from aisle.errors import InputError
 from aisle.preprocess.pack import Packed, pack
 
 Run = Callable[[Packed], npt.NDArray[np.float32]]
-TARGETS = ("openvino", "onnxruntime")
-PRECISIONS = ("bf16", "fp32")
+# The precisions each target computes in, its default first.
+PRECISIONS = {"openvino": ("bf16", "fp32"), "onnxruntime": ("fp32",)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,18 @@ class Engine:
         return self._run(pack(tokens, lengths, self.spec.max_tokens))
 
 
+def check_target(target: str, precision: str) -> None:
+    """Make sure that there is such an engine.
+
+    Raises:
+        InputError: naming the targets, or the target's precisions.
+    """
+    if target not in PRECISIONS:
+        raise InputError(f"no target {target!r}; choose from {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS[target]:
+        raise InputError(f"{target} does not run {precision!r}; choose from {', '.join(PRECISIONS[target])}")
+
+
 def load_engine(folder: Path, kind: str = "CPU", device_id: str = "0") -> Engine:
     """Load the engine of a version folder onto a device; `kind` and `device_id` are as Triton names an instance's.
 
@@ -66,9 +78,8 @@ def load_engine(folder: Path, kind: str = "CPU", device_id: str = "0") -> Engine
         InputError: the folder holds no engine, or the device cannot run it.
     """
     spec = EngineSpec.load(folder)
-    load = {"openvino": _openvino, "onnxruntime": _onnxruntime}.get(spec.target)
-    if load is None:
-        raise InputError(f"{folder}: unknown target {spec.target!r}; one of {', '.join(TARGETS)}")
+    check_target(spec.target, spec.precision)
+    load = {"openvino": _openvino, "onnxruntime": _onnxruntime}[spec.target]
     try:
         return Engine(load(folder, spec, kind, device_id), spec)
     except Exception as error:  # each runtime raises its own

@@ -62,8 +62,10 @@ def new_version(repository: Path) -> Iterator[tuple[int, dict[str, Path]]]:
 
 
 def _lay_out(repository: Path) -> None:
-    for source in TEMPLATE.glob("**/*"):
-        target = repository / source.relative_to(TEMPLATE)
-        if source.suffix in {".pbtxt", ".py"} and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    """Copy what every repository holds besides its versions: configurations and code, where they are not there yet."""
+    for pattern in ("*/config.pbtxt", "*/configs/*.pbtxt", "*/model.py"):
+        for source in TEMPLATE.glob(pattern):
+            target = repository / source.relative_to(TEMPLATE)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)

@@ -114,7 +114,7 @@ def predictions(result: Any) -> list[Prediction]:
 def translate(error: InferenceServerException) -> Exception:
     """Return the exception that callers see."""
     status = str(error.status() or "").removeprefix("StatusCode.")
-    message = str(error.message() or "")
+    message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
     if status == "INVALID_ARGUMENT":
         return InvalidText(message)
     if status == "UNAVAILABLE":
