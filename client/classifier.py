@@ -61,7 +61,7 @@ class Classifier:
         self._retries = retries
         self._version = model_version
         self._client = InferenceServerClient(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, "aisle-client")
+        self._threads = ThreadPoolExecutor(8 * IN_FLIGHT, "aisle-client")
         self._max_batch: int | None = None
 
     def __enter__(self) -> Self:
@@ -82,10 +82,10 @@ class Classifier:
             Unavailable: no server answered.
             ClassifierError: the server failed, or took longer than the timeout.
         """
-        answers = []
-        for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request):
-            answers += batch
-        return answers
+        batches = list(_chunks(texts, self.max_batch))
+        if len(batches) == 1:  # in the caller's own thread: as many at once as there are callers
+            return self._request(batches[0], top_k)
+        return list(itertools.chain.from_iterable(self._pipeline(batches, top_k, self._request)))
 
     def stream(self, texts: Iterable[Text | None], top_k: int = 1) -> Iterator[Prediction | Failure]:
         """Yield an answer for each of any number of texts, in their order and in constant memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceC
 from aisle.errors import InputError
 
 SCRATCH = "scratch"
+VOCABULARY = 8000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -32,18 +33,36 @@ def from_scratch(texts: Sequence[str], labels: Sequence[str], max_tokens: int, d
 
 
 def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
-    """Learn a WordPiece vocabulary of 8,000: single Chinese characters, pieces of other words, as BERT-base-Chinese."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=8000, special_tokens=SPECIAL, show_progress=False)
+    """Learn a WordPiece vocabulary: single Chinese characters, pieces of other words, as BERT-base-Chinese has."""
+    tokenizer = _wordpiece({})
+    # The trainer breaks ties by token number and numbers characters in the order of a randomly seeded hash map.
+    # Given them as special tokens, in order, it numbers them so; the vocabulary is then the same in every run.
+    pieces = sorted({piece for text in texts for piece in _characters(tokenizer, text)})
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *pieces], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+
+    tokenizer = _wordpiece(vocabulary)  # anew: only SPECIAL are special
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     )
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _characters(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """Yield the characters of a text as WordPiece writes them: those within a word begin with ##."""
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+        yield word[0]
+        yield from ("##" + character for character in word[1:])
 
 
 def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
