@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from aisle.console import print_json, say, stdout, track
 from aisle.errors import InputError, ServerError
@@ -246,7 +247,7 @@ def _show_metrics(result: dict[str, Any]) -> None:
     table = Table("category", "precision", "recall", "F1", "rows")
     for name, row in result["per_class"].items():
         figures = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(name, *figures, str(row["support"]))
+        table.add_row(Text(name), *figures, str(row["support"]))
     stdout.print(table)
     stdout.print(f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {result['seconds']} s")
 
@@ -255,12 +256,13 @@ def _show_predictions(result: dict[str, Any]) -> None:
     table = Table("text", "category", "confidence")
     for row in result["predictions"]:
         for rank, (category, confidence) in enumerate(zip(row["categories"], row["confidences"], strict=True)):
-            table.add_row("" if rank else row["text"], category, f"{confidence:.4f}")
+            table.add_row(Text("" if rank else row["text"]), Text(category), f"{confidence:.4f}")
     stdout.print(table)
 
 
 def _show_demo(result: dict[str, Any]) -> None:
     table = Table("text", "category", "confidence", "latency", title="a model trained on a SYNTHETIC catalogue")
     for row in result["predictions"]:
-        table.add_row(row["text"], row["category"], f"{row['confidence']:.4f}", f"{row['milliseconds']:.1f} ms")
+        figures = f"{row['confidence']:.4f}", f"{row['milliseconds']:.1f} ms"
+        table.add_row(Text(row["text"]), Text(row["category"]), *figures)
     stdout.print(table)

@@ -49,10 +49,9 @@ def classify_file(
     for_texts, for_output = itertools.tee(itertools.islice(read_rows(source), done, None))
     texts = (as_text(row.get(text_column)) for row in for_texts)
     added = _added_columns(top_k)
-    failures = answered = 0
+    answered = 0
     with partial.open("ab") as journal:
         for row, answer in track(zip(for_output, classifier.stream(texts, top_k), strict=True), total - done):
-            failures += isinstance(answer, Failure)
             answered += 1
             line = {**_aside(row, added), **_answer_columns(answer)}
             journal.write(json.dumps(line, default=str).encode() + b"\n")
@@ -60,12 +59,13 @@ def classify_file(
     finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
     write_rows(finished, lambda: _journal(partial), [*_aside(dict.fromkeys(columns), added), *added])
     finished.replace(out)
+    errors = sum(row["error"] is not None for row in _journal(partial))
     partial.unlink()
     seconds = time.perf_counter() - start
     return {
         "rows": done + answered,
         "resumed_from": done,
-        "errors": failures,
+        "errors": errors,
         "seconds": round(seconds, 3),
         "texts_per_second": round(answered / seconds, 1),
         "output": str(out),

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 
-from aisle.client import AsyncClassifier, Classifier, ClassifierError, Failure, InvalidText, Unavailable
+from aisle.client import TLS, AsyncClassifier, Classifier, ClassifierError, Failure, InvalidText, Unavailable
 from aisle.client.bulk import classify_file
 from aisle.deploy.triton import free_ports
 from aisle.errors import InputError
@@ -49,17 +51,43 @@ class Flaky:
         return grpc.unary_unary_rpc_method_handler(unary)
 
 
-@pytest.fixture
-def flaky(server: Server) -> Iterator[tuple[str, Flaky]]:
-    proxy = Flaky(server.url)
+@contextmanager
+def proxied(target: str, credentials: grpc.ServerCredentials | None = None) -> Iterator[tuple[str, Flaky]]:
+    proxy = Flaky(target)
     endpoint = grpc.server(futures.ThreadPoolExecutor(8))
     handler = type("Handler", (grpc.GenericRpcHandler,), {"service": lambda self, details: proxy.handle(details)})
     endpoint.add_generic_rpc_handlers((handler(),))
-    port = endpoint.add_insecure_port("127.0.0.1:0")
+    address = "localhost:0"
+    port = endpoint.add_secure_port(address, credentials) if credentials else endpoint.add_insecure_port(address)
     endpoint.start()
     yield f"localhost:{port}", proxy
     endpoint.stop(None)
     proxy.channel.close()
+
+
+@pytest.fixture
+def flaky(server: Server) -> Iterator[tuple[str, Flaky]]:
+    with proxied(server.url) as pair:
+        yield pair
+
+
+def test_mutual_tls(server: Server, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own, client = authority.issue_cert("localhost"), authority.issue_cert("client.example")
+    client.private_key_pem.write_to_path(tmp_path / "key.pem")
+    client.cert_chain_pems[0].write_to_path(tmp_path / "chain.pem")
+    pair = own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()
+    credentials = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+    known = TLS(tmp_path / "ca.pem", tmp_path / "key.pem", tmp_path / "chain.pem")
+    with proxied(server.url, credentials) as (url, _):
+        with Classifier(url, tls=known) as classifier:
+            assert classifier.classify(["好"])
+        for stranger in (None, TLS(tmp_path / "ca.pem")):  # no TLS at all, and no certificate of one's own
+            with Classifier(url, tls=stranger, retries=0) as classifier, pytest.raises(Unavailable):
+                classifier.classify(["好"])
+    with pytest.raises(InputError, match="no such file"):
+        Classifier(url, tls=TLS(tmp_path / "none.pem"))
 
 
 def test_long_lists_come_back_in_order(classifier: Classifier) -> None:
