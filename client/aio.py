@@ -10,38 +10,13 @@ from typing import Any, Self
 from tritonclient.grpc import InferenceServerException
 from tritonclient.grpc.aio import InferenceServerClient
 
-from aisle.client.protocol import (
-    CHANNEL,
-    IN_FLIGHT,
-    MODEL,
-    OUTPUTS,
-    TLS,
-    Prediction,
-    Unavailable,
-    backoff,
-    inputs,
-    predictions,
-    translate,
-)
+from aisle.client.protocol import IN_FLIGHT, MODEL, OUTPUTS, Connection, Prediction, inputs, predictions
 
 
-class AsyncClassifier:
+class AsyncClassifier(Connection):
     """The asyncio twin of `Classifier`: the same arguments, results and errors."""
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        timeout: float = 10.0,
-        retries: int = 4,
-        tls: TLS | None = None,
-        model_version: str = "",
-    ) -> None:
-        self._timeout = timeout
-        self._retries = retries
-        self._version = model_version
-        self._client = InferenceServerClient(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
-        self._max_batch: int | None = None
+    _transport = InferenceServerClient
 
     async def __aenter__(self) -> Self:
         return self
@@ -89,7 +64,5 @@ class AsyncClassifier:
             try:
                 return await call()
             except InferenceServerException as error:
-                translated = translate(error)
-                if not isinstance(translated, Unavailable) or attempt >= self._retries:
-                    raise translated from None
-            await asyncio.sleep(backoff(attempt))
+                seconds = self._seconds_to_wait(error, attempt)
+            await asyncio.sleep(seconds)

@@ -7,31 +7,28 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Self
 
 from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
 from aisle.client.protocol import (
-    CHANNEL,
     IN_FLIGHT,
     MODEL,
     OUTPUTS,
-    TLS,
+    Connection,
     Failure,
     InvalidText,
     Prediction,
-    Unavailable,
-    backoff,
     inputs,
     predictions,
-    translate,
 )
 
 Text = str | bytes
 Answers = list[Prediction | Failure]
 
 
-class Classifier:
+class Classifier(Connection):
     """Classifies product texts on an Aisle server. One instance may be shared by threads.
 
     with Classifier("localhost:8001") as classifier:
@@ -39,30 +36,11 @@ class Classifier:
             print(prediction.category, prediction.confidence)
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        timeout: float = 10.0,
-        retries: int = 4,
-        tls: TLS | None = None,
-        model_version: str = "",
-    ) -> None:
-        """Name the server; the first call connects.
+    _transport = InferenceServerClient
 
-        Args:
-            url: host:port of its gRPC endpoint.
-            timeout: seconds that one request may take.
-            retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
-            tls: encrypt the connection.
-            model_version: the version to ask for; by default the server's latest.
-        """
-        self._timeout = timeout
-        self._retries = retries
-        self._version = model_version
-        self._client = InferenceServerClient(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
-        self._threads = ThreadPoolExecutor(8 * IN_FLIGHT, "aisle-client")
-        self._max_batch: int | None = None
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(8 * IN_FLIGHT, "aisle-client")
 
     def __enter__(self) -> Self:
         return self
@@ -150,10 +128,8 @@ class Classifier:
             try:
                 return call()
             except InferenceServerException as error:
-                translated = translate(error)
-                if not isinstance(translated, Unavailable) or attempt >= self._retries:
-                    raise translated from None
-            time.sleep(backoff(attempt))
+                seconds = self._seconds_to_wait(error, attempt)
+            time.sleep(seconds)
 
 
 def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:

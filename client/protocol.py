@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
@@ -122,6 +122,44 @@ def translate(error: InferenceServerException) -> Exception:
     return ClassifierError(status, message)
 
 
-def backoff(attempt: int) -> float:
-    """Return seconds to wait before retry `attempt`, counted from 0: exponential with full jitter."""
-    return random.uniform(0, min(2.0, 0.1 * 2**attempt))
+class Connection:
+    """What the blocking client and its asyncio twin share: how to reach the server, and when to ask again."""
+
+    _transport: ClassVar[Any]  # tritonclient's class
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        timeout: float = 10.0,
+        retries: int = 4,
+        tls: TLS | None = None,
+        model_version: str = "",
+    ) -> None:
+        """Name the server; the first call connects.
+
+        Args:
+            url: host:port of its gRPC endpoint.
+            timeout: seconds that one request may take.
+            retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
+            tls: encrypt the connection.
+            model_version: the version to ask for; by default the server's latest.
+
+        Raises:
+            InputError: a file of `tls` is missing.
+        """
+        self._timeout = timeout
+        self._retries = retries
+        self._version = model_version
+        self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
+        self._max_batch: int | None = None
+
+    def _seconds_to_wait(self, error: InferenceServerException, attempt: int) -> float:
+        """Return how long to wait before the next try, or raise what the caller shall see.
+
+        Exponential backoff with full jitter; `attempt` counts from 0.
+        """
+        translated = translate(error)
+        if not isinstance(translated, Unavailable) or attempt >= self._retries:
+            raise translated from None
+        return random.uniform(0, min(2.0, 0.1 * 2**attempt))
