@@ -60,11 +60,12 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
         log: where its log goes; stderr by default.
 
     Raises:
-        InputError: the repository holds no built version, or there is no Triton here.
+        InputError: the repository holds no built version, a port is taken, or there is no Triton here.
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
     latest_version(repository)
+    _check_ports(options)
     with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home:
         shared_memory = f"aisle_{Path(home).name}_"
         command, environment = _installation(Path(home))
@@ -94,6 +95,17 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
             stop(process)
             for leftover in Path("/dev/shm").glob(f"{shared_memory}*"):
                 leftover.unlink(missing_ok=True)
+
+
+def _check_ports(options: Options) -> None:
+    """Make sure that nobody else listens: the readiness of another server would be taken for this one's."""
+    for name in ("grpc_port", "http_port", "metrics_port"):
+        port = getattr(options, name)
+        try:
+            socket.create_server((options.host, port)).close()
+        except OSError as error:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"cannot listen on {options.host}:{port} ({error.strerror}); see {option}") from None
 
 
 def serve_forever(options: Options) -> int:

@@ -1,0 +1,100 @@
+"""Starting and stopping the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aisle.build.build import build
+from aisle.client import Classifier
+from aisle.deploy.triton import Options, free_ports, running
+from aisle.errors import InputError, ServerError
+
+from .conftest import Server
+
+
+def serving(repository: Path) -> tuple[subprocess.Popen[str], str]:
+    """Start `aisle serve` as a user would; return it, ready, and its URL."""
+    grpc, http, metrics = map(str, free_ports(3))
+    command = [sys.executable, "-m", "aisle", "serve", "--repository", str(repository)]
+    command += ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(line.startswith("ready: ") for line in process.stderr)
+    return process, f"localhost:{grpc}"
+
+
+def children(process: subprocess.Popen[str]) -> set[int]:
+    """Return the processes below this one, to any depth."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    found, size = {process.pid}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {process.pid}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_running(repository: Path, how: signal.Signals) -> None:
+    process, url = serving(repository)
+    with Classifier(url) as classifier:
+        assert classifier.classify(["红富士苹果"])
+    below = children(process)
+    assert len(below) >= 4  # the server and its three Python models
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode == (-how if how == signal.SIGKILL else 0)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in below):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_shared_memory_is_given_back(repository: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    grpc, http, metrics = free_ports(3)
+    with running(Options(repository, grpc_port=grpc, http_port=http, metrics_port=metrics)):
+        assert set(os.listdir("/dev/shm")) > before
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_server_that_cannot_start_says_so(repository: Path, server: Server, tmp_path: Path) -> None:
+    grpc, http, metrics = free_ports(3)
+    taken = Options(repository, grpc_port=int(server.url.partition(":")[2]), http_port=http, metrics_port=metrics)
+    with pytest.raises(InputError, match="--grpc-port"), running(taken):
+        pass
+    copy = tmp_path / "repository"
+    shutil.copytree(repository, copy, symlinks=True)
+    (copy / "encoder" / "1" / "model.xml").write_text("<net>")
+    damaged = Options(copy, grpc_port=grpc, http_port=http, metrics_port=metrics)
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(ServerError, match="its log says why"),
+        running(damaged, log),
+    ):
+        pass
+    assert "the engine cannot be loaded" in (tmp_path / "log").read_text()
+
+
+def test_the_gpu_target_serves_the_same_answers(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+    """On the CPU, through the same code: only ONNX Runtime's provider differs on a GPU."""
+    build(checkpoint, tmp_path / "repository", "onnxruntime")
+    texts = ["红富士苹果 5斤装", "手机壳 磨砂防摔", "wireless earbuds"]
+    grpc, http, metrics = free_ports(3)
+    options = Options(tmp_path / "repository", grpc_port=grpc, http_port=http, metrics_port=metrics)
+    with running(options), Classifier(f"localhost:{grpc}") as other:
+        for ours, theirs in zip(classifier.classify(texts, top_k=3), other.classify(texts, top_k=3), strict=True):
+            assert ours.categories == theirs.categories
+            assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-4)
