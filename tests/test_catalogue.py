@@ -2,17 +2,37 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from aisle.preprocess.clean import clean_rows
 from aisle.preprocess.table import read_labelled
-from aisle.train.catalogue import LEAVES, generate, labels, write_sample
+from aisle.train.catalogue import CATALOGUE, LEAVES, NEIGHBOURS, generate, labels, write_sample
 
 
 def test_taxonomy() -> None:
-    assert len(set(labels())) == len(LEAVES) >= 40
+    assert len(set(labels())) == len(LEAVES) >= 44
     for leaf in LEAVES:
         assert len(leaf["path"]) == len(leaf["path_en"]) == 3
-        for words in ("nouns", "nouns_en", "attributes", "attributes_en", "units"):
-            assert leaf[words]
+        for words, least, most in (
+            ("nouns", 4, 7),
+            ("nouns_en", 2, 4),
+            ("attributes", 8, 14),
+            ("attributes_en", 4, 8),
+            ("units", 1, 9),
+        ):
+            assert least <= len(set(leaf[words])) == len(leaf[words]) <= most, (leaf["path"], words)
+    assert set(CATALOGUE["brands"]) == {leaf["path"][0] for leaf in LEAVES}
+
+
+def test_every_leaf_has_look_alikes() -> None:
+    near = dict(zip((leaf["path"][2] for leaf in LEAVES), NEIGHBOURS, strict=True))
+    for family in CATALOGUE["family"]:
+        assert len(family["leaves"]) > 1
+        for name in family["leaves"]:
+            others = {other["path"][2] for other in near[name]}
+            assert set(family["leaves"]) - {name} <= others
+            assert name not in others
+    assert all(near.values())
 
 
 def test_a_seed_repeats_the_sample() -> None:
@@ -20,19 +40,59 @@ def test_a_seed_repeats_the_sample() -> None:
     assert list(itertools.islice(generate(500, seed=3), 100)) == list(generate(100, seed=3))
 
 
-def test_the_sample_has_all_the_faults_of_real_catalogues(tmp_path: Path) -> None:
-    path = tmp_path / "sample.csv"
-    assert write_sample(path, 20_000, seed=0)["synthetic"] is True
-    rows = list(read_labelled(path, "text", "category"))
-    texts = [text or "" for text, _ in rows]
-    for fault in ("<b>", "&amp;", "！！！", "【", "🔥", "Ａ", "   ", "适用苹果手机"):
+@pytest.mark.parametrize("name", ["sample.csv", "new/folder/sample.jsonl", "sample.parquet"])
+def test_the_sample_is_read_back_as_written(tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    summary = write_sample(out, 500, seed=5)
+    assert summary == {
+        "rows": 500,
+        "categories": len(LEAVES),
+        "synthetic": True,
+        "seed": 5,
+        "output": str(out),
+    }
+    rows = [(row["text"], row["category"]) for row in generate(500, seed=5)]
+    assert list(read_labelled(out, "text", "category")) == rows
+
+
+def test_the_sample_has_all_the_faults_of_real_catalogues() -> None:
+    rows = [(row["text"], row["category"]) for row in generate(20_000, seed=0)]
+    texts = [text for text, _ in rows]
+    faults = [
+        "<b>",
+        "&amp;",
+        "&nbsp;",
+        "!!!",
+        "！！！",
+        "【",
+        "🔥",
+        "Ａ",
+        "   ",
+        "\t",
+        "2026新款",
+        "包邮",
+        "买一送一",
+    ]
+    for fault in [*faults, "适用苹果手机", "非", "配", "for ", "not "]:
         assert any(fault in text for text in texts), fault
     assert 0.05 < sum(text.isascii() for text in texts) / len(texts) < 0.2
+    mixed = {f"{noun} " for leaf in LEAVES for noun in leaf["nouns_en"]}
+    assert any(not text.isascii() and any(noun in text for noun in mixed) for text in texts)
+
+    # Titles that consist of a noun alone, and titles that only name the family, so that the rest must decide.
+    assert set(texts) & {noun for leaf in LEAVES for noun in leaf["nouns"]}
+    nouns = {label: leaf["nouns"] + leaf["nouns_en"] for label, leaf in zip(labels(), LEAVES, strict=True)}
+    unnamed = [text for text, label in rows if label and text and not any(n in text for n in nouns[label])]
+    assert 0.02 < len(unnamed) / len(rows) < 0.15
 
     counts = Counter(label for _, label in rows if label)
     assert set(counts) == set(labels())
-    assert 3 < max(counts.values()) / min(counts.values()) < 9
+    assert 4 < max(counts.values()) / min(counts.values()) < 9
 
-    _, report = clean_rows(rows)
+
+def test_cleaning_drops_the_faults_and_keeps_the_rest() -> None:
+    table, report = clean_rows((row["text"], row["category"]) for row in generate(20_000, seed=0))
     assert set(report.dropped) == {"duplicate", "empty", "label missing", "conflicting labels"}
-    assert report.rows_kept > 0.85 * len(rows)
+    assert min(report.dropped.values()) > 0
+    assert set(table.labels) == set(labels())
+    assert report.rows_kept > 0.85 * report.rows_in

@@ -1,6 +1,7 @@
 """A SYNTHETIC catalogue: titles as shops write them, made from the hand-written words of catalogue.toml.
 
-It lets the whole way be gone, and tested, without anyone's data. A score on it says nothing about real titles.
+It lets the whole way be gone, and tested, without anyone's data.
+A score on it says nothing about real titles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ from aisle.preprocess.table import Row, write_rows
 with Path(__file__).with_name("catalogue.toml").open("rb") as _file:
     CATALOGUE: dict[str, Any] = tomllib.load(_file)
 LEAVES: list[dict[str, Any]] = CATALOGUE["leaf"]
-NEIGHBOURS = [[other for other in LEAVES if other["path"][1] == leaf["path"][1] and other != leaf] for leaf in LEAVES]
+
+
+def _families(leaf: dict[str, Any]) -> list[dict[str, Any]]:
+    return [family for family in CATALOGUE["family"] if leaf["path"][2] in family["leaves"]]
+
+
+def _neighbours(leaf: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the leaf is taken for: the rest of its shelf and of its families."""
+    kin = {leaf["path"][1]}.union(*(family["leaves"] for family in _families(leaf)))
+    return [other for other in LEAVES if other != leaf and kin.intersection(other["path"])]
+
+
+FAMILIES = [_families(leaf) for leaf in LEAVES]
+NEIGHBOURS = [_neighbours(leaf) for leaf in LEAVES]
 
 
 def labels() -> list[str]:
@@ -26,10 +40,10 @@ def labels() -> list[str]:
 
 
 def generate(rows: int, seed: int) -> Iterator[Row]:
-    """Yield rows of `text` and `category`: uneven, noisy, some repeated, some broken; the same for the same seed."""
+    """Yield rows of `text` and `category`: uneven, noisy, some repeated, some broken; a seed repeats them."""
     rng = random.Random(seed)
     names = labels()
-    # The commonest leaf is six times as frequent as the rarest, in an order that has nothing to do with the file's.
+    # The commonest leaf is six times as frequent as the rarest, in an order unrelated to the file's.
     weights = [1 / (1 + 5 * rank / (len(LEAVES) - 1)) for rank in rng.sample(range(len(LEAVES)), len(LEAVES))]
     recent: list[Row] = []
     for _ in range(rows):
@@ -37,7 +51,8 @@ def generate(rows: int, seed: int) -> Iterator[Row]:
         if recent and fate < 0.03:
             yield rng.choice(recent)  # the same listing again
         elif recent and fate < 0.035:
-            yield {"text": rng.choice(recent)["text"], "category": rng.choice(names)}  # filed by a tired clerk
+            # Filed by a tired clerk.
+            yield {"text": rng.choice(recent)["text"], "category": rng.choice(names)}
         else:
             number = rng.choices(range(len(LEAVES)), weights)[0]
             row = {"text": title(rng, number), "category": names[number]}
@@ -56,25 +71,22 @@ def title(rng: random.Random, number: int) -> str:
     english = rng.random() < 0.12
     suffix, language = ("_en", "en") if english else ("", "zh")
     words = rng.sample(leaf["attributes" + suffix], rng.choice([0, 1, 2, 2, 3, 3]))
-    # In a few titles the noun is left to be guessed from the rest.
-    hidden = len(words) > 1 and rng.random() < 0.06
-    words.append(
-        rng.choice(["good", "item"] if english else ["商品", "好物", "用品"])
-        if hidden
-        else rng.choice(leaf["nouns" + suffix])
-    )
+    # Some titles leave the noun to be guessed: they name a family of look-alikes, or nothing at all.
+    named = not words or rng.random() > 0.05
+    source = leaf if named else rng.choice([*FAMILIES[number], CATALOGUE["unnamed"]])
+    words.append(rng.choice(source["nouns" + suffix]))
     rng.shuffle(words)
+    if named and not english and rng.random() < 0.06:
+        words.append(rng.choice(leaf["nouns_en"]))
     if rng.random() < 0.7:
-        words.insert(0, rng.choice(CATALOGUE["brands"]["en" if rng.random() < 0.2 else language]))
+        brands = CATALOGUE["brands"][leaf["path"][0]]
+        words.insert(0, rng.choice(brands["en" if rng.random() < 0.2 else language]))
     if rng.random() < 0.6:
         words.append(rng.choice(leaf["units"]).replace("{n}", str(rng.randint(1, 9))))
-    if rng.random() < 0.1 and NEIGHBOURS[number]:  # names what it goes with, or is not
+    if rng.random() < 0.2:  # names what it goes with, or is not
         other = rng.choice(rng.choice(NEIGHBOURS[number])["nouns" + suffix])
-        words.append(
-            (f"for {other}", f"not {other}")[rng.random() < 0.3]
-            if english
-            else rng.choice(["配", "可搭", "非", "送"]) + other
-        )
+        link = rng.choice(["for ", "not ", "with "] if english else ["适用", "配", "可搭", "非", "送"])
+        words.insert(rng.randint(0, len(words)), link + other)
     if rng.random() < 0.35:
         promotion = rng.choice(CATALOGUE["promotions"][language])
         words.insert(rng.choice([0, len(words)]), f"【{promotion}】" if rng.random() < 0.4 else promotion)
