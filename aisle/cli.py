@@ -35,6 +35,8 @@ EXTRAS = {
     "sklearn": "train",
     "tokenizers": "train",
     "pyarrow": "parquet",
+    "matplotlib": "report",
+    "jinja2": "report",
     "onnx": "build",
     "onnxscript": "build",
     "openvino": "build",

@@ -1,0 +1,65 @@
+"""HTML reports: one self-contained page of headings, tables and plots."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+import jinja2
+from matplotlib.figure import Figure
+
+# Matplotlib takes the first family that has a character: Chinese labels need one of the CJK families.
+matplotlib.rcParams["font.family"] = [
+    "DejaVu Sans",
+    *("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC"),
+]
+
+
+@dataclass
+class Page:
+    """A report in the making; parts appear in the order in which they are added."""
+
+    title: str
+    summary: str
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.parts.append({"kind": "heading", "text": text})
+
+    def text(self, text: str) -> None:
+        self.parts.append({"kind": "text", "text": text})
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Add a table; floats are shown to four significant digits, None as a dash."""
+        self.parts.append({"kind": "table", "columns": columns, "rows": [[_cell(cell) for cell in row] for row in rows]})
+
+    def plot(self, figure: Figure, description: str) -> None:
+        """Add a figure; the description is read out where it cannot be seen."""
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
+        encoded = base64.b64encode(image.getvalue()).decode()
+        self.parts.append({"kind": "plot", "image": encoded, "text": description})
+
+    def write(self, path: Path) -> None:
+        """Write the page, whole or not at all."""
+        source = Path(__file__).with_name("report.html").read_text("utf-8")
+        template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+        beside = path.with_name(f".{path.name}.part")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(template.render(page=self) + "\n", "utf-8")
+        beside.replace(path)
+
+
+def _cell(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {"text": "–", "number": True}
+    if isinstance(value, float):
+        return {"text": f"{value:.4g}", "number": True}
+    return {"text": str(value), "number": isinstance(value, int)}
