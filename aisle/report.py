@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +11,13 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen is needed
+matplotlib.use("Agg")
 import jinja2
 from matplotlib.figure import Figure
 
-# Matplotlib takes the first family that has a character: Chinese labels need one of the CJK families.
-matplotlib.rcParams["font.family"] = [
-    "DejaVu Sans",
-    *("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC"),
-]
+# Text stays text in the SVG, so that the reader's browser draws Chinese with its own fonts.
+matplotlib.rcParams["svg.fonttype"] = "none"
+matplotlib.rcParams["svg.hashsalt"] = "aisle"  # the same figure gives the same bytes
 
 
 @dataclass
@@ -38,14 +36,17 @@ class Page:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Add a table; floats are shown to four significant digits, None as a dash."""
-        self.parts.append({"kind": "table", "columns": columns, "rows": [[_cell(cell) for cell in row] for row in rows]})
+        cells = [[_cell(cell) for cell in row] for row in rows]
+        self.parts.append({"kind": "table", "columns": columns, "rows": cells})
 
     def plot(self, figure: Figure, description: str) -> None:
         """Add a figure; the description is read out where it cannot be seen."""
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
-        encoded = base64.b64encode(image.getvalue()).decode()
-        self.parts.append({"kind": "plot", "image": encoded, "text": description})
+        image = io.StringIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # it only guesses such a glyph's width
+            figure.savefig(image, format="svg", bbox_inches="tight", metadata={"Date": None})
+        svg = image.getvalue()
+        self.parts.append({"kind": "plot", "image": svg[svg.index("<svg") :], "text": description})
 
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all."""
