@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 AISLE := $(BIN)/aisle
 CHECKPOINT ?= work/checkpoint
+MODEL ?= $(CHECKPOINT)
 URL ?= localhost:8001
 
-.PHONY: demo test lint train evaluate engine serve classify loadtest clean
+.PHONY: demo test lint train evaluate engine compare serve classify loadtest clean
 
 demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
 	$(AISLE) demo
@@ -22,8 +23,11 @@ train: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
 evaluate: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
 	$(AISLE) evaluate $(CHECKPOINT) $(DATA)
 
-engine: .venv/ready ## [CHECKPOINT=DIR]
-	$(AISLE) build $(CHECKPOINT)
+engine: .venv/ready ## [MODEL=DIR] [PRECISION=int8] [TARGET=openvino]
+	$(AISLE) build $(MODEL) $(if $(PRECISION),--precision $(PRECISION)) $(if $(TARGET),--target $(TARGET))
+
+compare: .venv/ready ## [MODEL=DIR]: every engine of it, build/report.html
+	$(AISLE) compare $(MODEL)
 
 serve: .venv/ready
 	$(AISLE) serve

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aisle.build import tensorrt
 from aisle.errors import InputError
 from aisle.preprocess.pack import Packed, pack
 
 Run = Callable[[Packed], npt.NDArray[np.float32]]
 # The precisions each target computes in, its default first.
-PRECISIONS = {"openvino": ("bf16", "fp32"), "onnxruntime": ("fp32",)}
+PRECISIONS = {
+    "openvino": ("int8", "bf16", "fp32"),
+    "tensorrt": ("int8", "fp16", "bf16", "fp32"),
+    "tensorrt-rtx": ("int8", "fp16", "bf16", "fp32"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class EngineSpec:
     max_tokens: int
     labels: int
     checkpoint: str  # fingerprint of the checkpoint it was built from
+    graph: str = ""  # SHA-256 of the ONNX graph
+    runtime: str = ""  # the only one that runs it, as "TensorRT 11.0.0"; empty: any version
+    device: str = ""  # the only kind of GPU that runs it, as "NVIDIA H100 (9.0)"; empty: any
 
     def save(self, folder: Path) -> None:
         (folder / "engine.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -71,27 +79,44 @@ def check_target(target: str, precision: str) -> None:
         raise InputError(f"{target} does not run {precision!r}; choose from {', '.join(PRECISIONS[target])}")
 
 
-def load_engine(folder: Path, kind: str = "CPU", device_id: str = "0") -> Engine:
-    """Load the engine of a version folder onto a device; `kind` and `device_id` are as Triton names an instance's.
+def best_target() -> str:
+    """Return what this machine serves fastest with: TensorRT where it and a GPU are at hand, else OpenVINO."""
+    if tensorrt.gpu_name():
+        try:
+            tensorrt.load_module("tensorrt")
+            return "tensorrt"
+        except InputError:
+            pass
+    return "openvino"
+
+
+def load_engine(folder: Path, device_id: str = "0") -> Engine:
+    """Load the engine of a version folder; `device_id` is Triton's number of the GPU, where the target needs one.
 
     Raises:
-        InputError: the folder holds no engine, or the device cannot run it.
+        InputError: the folder holds no engine, or one that this machine cannot run.
     """
     spec = EngineSpec.load(folder)
     check_target(spec.target, spec.precision)
-    load = {"openvino": _openvino, "onnxruntime": _onnxruntime}[spec.target]
     try:
-        return Engine(load(folder, spec, kind, device_id), spec)
+        run = (
+            openvino_runner(folder / "model.xml", spec) if spec.target == "openvino" else _plan(folder, spec, device_id)
+        )
+        return Engine(run, spec)
+    except InputError:
+        raise
     except Exception as error:  # each runtime raises its own
         raise InputError(f"{folder}: the engine cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def _openvino(folder: Path, spec: EngineSpec, kind: str, device_id: str) -> Run:
+def openvino_runner(model: Path, spec: EngineSpec) -> Run:
+    """Compile OpenVINO's own form of the graph, or the ONNX graph itself, for this CPU."""
     import openvino
 
-    precision = {"fp32": "f32", "bf16": "bf16"}[spec.precision]
+    # Around int8 products, and where an fp16 graph is only to be checked, what is left runs in this type.
+    precision = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}[spec.precision]
     compiled: Any = openvino.Core().compile_model(
-        folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     )
     request = compiled.create_infer_request()
 
@@ -103,17 +128,12 @@ def _openvino(folder: Path, spec: EngineSpec, kind: str, device_id: str) -> Run:
     return run
 
 
-def _onnxruntime(folder: Path, spec: EngineSpec, kind: str, device_id: str) -> Run:
-    import onnxruntime
-
-    gpu = kind.endswith("GPU")
-    provider: Any = ("CUDAExecutionProvider", {"device_id": device_id}) if gpu else "CPUExecutionProvider"
-    if gpu and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RuntimeError("this onnxruntime has no CUDA; install onnxruntime-gpu")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=[provider])
-
-    def run(packed: Packed) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = session.run(None, packed._asdict())[0]
-        return logits
-
-    return run
+def _plan(folder: Path, spec: EngineSpec, device_id: str) -> Run:
+    """Check that the plan fits this machine before TensorRT reads it: its own refusal does not say what to do."""
+    here = tensorrt.version_of(spec.target)
+    if spec.runtime and spec.runtime != here:
+        raise InputError(f"{folder}: the plan was built by {spec.runtime} and this is {here}; build it again here")
+    gpu = tensorrt.gpu_name(int(device_id))
+    if gpu and spec.device and spec.device != gpu:
+        raise InputError(f"{folder}: the plan was built for {spec.device} and this is {gpu}; build it again here")
+    return tensorrt.PlanRunner(folder / "model.plan", spec.target, spec.max_tokens, spec.labels, int(device_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 
 from aisle.errors import InputError
 
+MASKED = -1e9  # added to the scores of tokens of other texts: softmax makes it exactly 0
+
 
 class PackedBert(nn.Module):
     """`BertForSequenceClassification` without padding: rows hold many texts, attention stays inside each.
 
     Exact: it runs the same layers with the same weights, in an order that skips what nothing reads.
+    With a 16-bit `dtype`, embeddings and matrix products are in it; sums, LayerNorm, softmax and classifier in fp32.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Take over the weights of a `transformers.BertForSequenceClassification`.
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        """Take over copies of the weights of a `transformers.BertForSequenceClassification`.
 
         Raises:
             InputError: the model's architecture is another one.
@@ -28,47 +32,78 @@ class PackedBert(nn.Module):
         if config.model_type != "bert" or getattr(config, "is_decoder", False) or not hasattr(model, "classifier"):
             raise InputError(f"cannot compile a {type(model).__name__}; give a BertForSequenceClassification")
         bert = model.bert
-        self.word = bert.embeddings.word_embeddings
+        embeddings = bert.embeddings
         # Every token is of type 0, so its embedding is added to each position's once and for all.
-        positions = bert.embeddings.position_embeddings.weight + bert.embeddings.token_type_embeddings.weight[0]
-        self.position = nn.Embedding(positions.shape[0], positions.shape[1], _weight=positions.detach())
-        self.norm = bert.embeddings.LayerNorm
-        self.layers = nn.ModuleList(PackedLayer(layer, config.num_attention_heads) for layer in bert.encoder.layer)
-        self.pooler = bert.pooler.dense
-        self.classifier = model.classifier
+        position = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
+        self.word = embedding(embeddings.word_embeddings.weight, dtype)
+        self.position = embedding(position, dtype)
+        self.norm = SumNorm(embeddings.LayerNorm, dtype)
+        self.layers = nn.ModuleList(PackedLayer(layer, config, dtype) for layer in bert.encoder.layer)
+        self.pooler = linear(bert.pooler.dense, torch.float32)
+        self.classifier = linear(model.classifier, torch.float32)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
-        """Return logits [texts, labels] of packed rows; the arguments are those of `preprocess.pack.Packed`."""
-        hidden = self.norm(self.word(input_ids) + self.position(position_ids))  # [rows, width, hidden]
-        same_text = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # [rows, 1, width, width]
+        """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
+        hidden = self.norm(self.word(input_ids), self.position(position_ids))  # [rows, width, hidden]
+        same_text = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        mask = torch.where(same_text, 0.0, MASKED)  # [rows, 1, width, width]
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, same_text)
+            hidden = layer(hidden, mask)
         # Only [CLS] is read from the last layer: all but its attention runs on one token a text.
-        cls = self.layers[-1](hidden, same_text, cls_index)
-        logits: Tensor = self.classifier(torch.tanh(self.pooler(cls)))
+        cls = self.layers[-1](hidden, mask, cls_index)
+        logits: Tensor = self.classifier(torch.tanh(self.pooler(cls.float())))
         return logits
 
 
 class PackedLayer(nn.Module):
-    def __init__(self, layer: Any, heads: int) -> None:
+    def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        attention = layer.attention.self
-        self.heads = heads
-        # One matrix product for query, key and value instead of three.
-        self.qkv = nn.Linear(attention.query.in_features, 3 * attention.query.out_features)
-        parts = attention.query, attention.key, attention.value
-        self.qkv.weight.data = torch.cat([part.weight.detach() for part in parts])
-        self.qkv.bias.data = torch.cat([part.bias.detach() for part in parts])
-        self.project, self.norm = layer.attention.output.dense, layer.attention.output.LayerNorm
-        self.up, self.activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
-        self.down, self.norm_out = layer.output.dense, layer.output.LayerNorm
+        attention, self.heads = layer.attention.self, config.num_attention_heads
+        scale = 1 / math.sqrt(attention.query.out_features // self.heads)
+        # One matrix product for query, key and value; the scores' scale is part of the query's weights.
+        self.qkv = nn.Linear(attention.query.in_features, 3 * attention.query.out_features, dtype=dtype)
+        parts = (attention.query, scale), (attention.key, 1.0), (attention.value, 1.0)
+        self.qkv.weight.data = torch.cat([part.weight.detach() * factor for part, factor in parts]).to(dtype)
+        self.qkv.bias.data = torch.cat([part.bias.detach() * factor for part, factor in parts]).to(dtype)
+        self.project = linear(layer.attention.output.dense, dtype)
+        self.norm = SumNorm(layer.attention.output.LayerNorm, dtype)
+        self.up, self.activation = linear(layer.intermediate.dense, dtype), layer.intermediate.intermediate_act_fn
+        self.down = linear(layer.output.dense, dtype)
+        self.norm_out = SumNorm(layer.output.LayerNorm, dtype)
 
-    def forward(self, hidden: Tensor, same_text: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the layer's output [rows, width, hidden], or [texts, hidden] of the flattened tokens `keep`."""
-        q, k, v = self.qkv(hidden).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=same_text).transpose(1, 2).flatten(2)
+        # Each [rows, heads, width, hidden / heads].
+        q, k, v = self.qkv(hidden).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = ((q @ k.transpose(2, 3)).float() + mask).softmax(-1).to(v.dtype)
+        context = (attention @ v).transpose(1, 2).flatten(2)
         if keep is not None:
             hidden, context = hidden.flatten(0, 1)[keep], context.flatten(0, 1)[keep]
-        hidden = self.norm(hidden + self.project(context))
-        output: Tensor = self.norm_out(hidden + self.down(self.activation(self.up(hidden))))
+        hidden = self.norm(hidden, self.project(context))
+        output: Tensor = self.norm_out(hidden, self.down(self.activation(self.up(hidden))))
         return output
+
+
+class SumNorm(nn.Module):
+    """LayerNorm of a sum, in fp32 whatever goes in and comes out."""
+
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
+        self.eps, self.dtype = norm.eps, dtype
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        total = a.float() + b.float()
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
+
+
+def embedding(weight: Tensor, dtype: torch.dtype) -> nn.Embedding:
+    """Return an embedding of given weights [entries, hidden] in another type."""
+    return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.detach().to(dtype))
+
+
+def linear(source: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """Return a copy of a linear layer in another type."""
+    copy = nn.Linear(source.in_features, source.out_features, dtype=dtype)
+    copy.load_state_dict(source.state_dict())
+    return copy

@@ -18,8 +18,8 @@ MAX_TOKENS = 128  # of one text, [CLS] and [SEP] included, unless tokenizer.json
 class Encoder:
     """Turns cleaned texts into token ids; the fast tokenizer encodes a whole batch in one call."""
 
-    def __init__(self, tokenizer_json: Path) -> None:
-        """Load a fast tokenizer.
+    def __init__(self, tokenizer_json: Path, max_tokens: int | None = None) -> None:
+        """Load a fast tokenizer, with another limit than its own where `max_tokens` is given.
 
         Raises:
             InputError: the file is missing or is no tokenizer.
@@ -29,11 +29,15 @@ class Encoder:
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{tokenizer_json} is no fast tokenizer: {error}") from None
         self._tokenizer.no_padding()
-        if self._tokenizer.truncation is None:
-            self._tokenizer.enable_truncation(MAX_TOKENS)
+        if max_tokens or self._tokenizer.truncation is None:
+            self._tokenizer.enable_truncation(max_tokens or MAX_TOKENS)
         truncation: Any = self._tokenizer.truncation
         self.max_tokens: int = truncation["max_length"]
         self.vocabulary: int = self._tokenizer.get_vocab_size()
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer with its limit as tokenizer.json."""
+        self._tokenizer.save(str(path))
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""

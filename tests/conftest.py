@@ -38,7 +38,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "checkpoint"
-    train(sample, "text", "category", folder, Settings(epochs=3))
+    train(sample, "text", "category", folder, Settings(epochs=8))
     return folder
 
 

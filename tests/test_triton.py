@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from aisle.build.build import build
+from aisle.build.tensorrt import gpu_name
 from aisle.client import Classifier
 from aisle.deploy.triton import Options, free_ports, running
 from aisle.errors import InputError, ServerError
@@ -88,13 +89,22 @@ def test_a_server_that_cannot_start_says_so(repository: Path, server: Server, tm
     assert "the engine cannot be loaded" in (tmp_path / "log").read_text()
 
 
-def test_the_gpu_target_serves_the_same_answers(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
-    """On the CPU, through the same code: only ONNX Runtime's provider differs on a GPU."""
-    build(checkpoint, tmp_path / "repository", "onnxruntime")
+def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
+    build(checkpoint, tmp_path / "repository", "openvino", "int8")
     texts = ["红富士苹果 5斤装", "手机壳 磨砂防摔", "wireless earbuds"]
     grpc, http, metrics = free_ports(3)
     options = Options(tmp_path / "repository", grpc_port=grpc, http_port=http, metrics_port=metrics)
     with running(options), Classifier(f"localhost:{grpc}") as other:
-        for ours, theirs in zip(classifier.classify(texts, top_k=3), other.classify(texts, top_k=3), strict=True):
-            assert ours.categories == theirs.categories
-            assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-4)
+        for ours, theirs in zip(classifier.classify(texts), other.classify(texts), strict=True):
+            assert ours.category == theirs.category
+            assert ours.confidence == pytest.approx(theirs.confidence, abs=0.02)
+
+
+@pytest.mark.skipif(bool(gpu_name()), reason="refusal by a machine without a GPU")
+def test_a_plan_is_not_served_without_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
+    build(checkpoint, tmp_path / "repository", "tensorrt-rtx", "fp16")
+    grpc, http, metrics = free_ports(3)
+    options = Options(tmp_path / "repository", grpc_port=grpc, http_port=http, metrics_port=metrics)
+    with (tmp_path / "log").open("wb") as log, pytest.raises(ServerError), running(options, log):
+        pass
+    assert "a TensorRT-RTX plan needs an NVIDIA GPU and its driver; found none" in (tmp_path / "log").read_text()

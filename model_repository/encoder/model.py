@@ -13,8 +13,8 @@ from aisle.build.engine import load_engine
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        device = args["model_instance_kind"], args["model_instance_device_id"]
-        self.engine = load_engine(Path(args["model_repository"], args["model_version"]), *device)
+        folder = Path(args["model_repository"], args["model_version"])
+        self.engine = load_engine(folder, args["model_instance_device_id"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Drop each request's padding, run all texts as one batch, hand each request its own logits."""

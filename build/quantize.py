@@ -1,0 +1,142 @@
+"""INT8: static Q/DQ around the matrix products, weights by channel, activations by tensor, both symmetric.
+
+The scheme is that of Wu et al. 2020, "Integer Quantization for Deep Learning Inference" (arXiv:2004.09602).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from onnxruntime.quantization.calibrate import HistogramCollector
+from torch import Tensor, nn
+
+from aisle.build.graph import PackedBert
+from aisle.console import track
+from aisle.preprocess.pack import Packed
+
+METHODS = ("minmax", "percentile", "entropy")
+# fp16 holds smaller scales only with fewer digits. A channel that small loses nothing that counts.
+SMALLEST_SCALE = 2.0**-14
+
+Ranges = dict[str, float]  # the largest |activation| that goes into each linear layer, by the layer's name
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights and inputs are rounded to int8: in PyTorch by arithmetic, in ONNX as Q/DQ."""
+
+    def __init__(self, source: nn.Linear, largest: float) -> None:
+        super().__init__()
+        weight = source.weight.detach().float().t()  # [in, out]: as ONNX multiplies
+        self.dtype = source.weight.dtype
+        scale = (weight.abs().amax(0) / 127).clamp(min=SMALLEST_SCALE).to(self.dtype)
+        self.weight = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        self.scale = scale  # [out]
+        self.input_scale = torch.tensor(max(largest / 127, SMALLEST_SCALE), dtype=self.dtype)
+        self.bias = source.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            dequantize(quantize(x, self.input_scale), self.input_scale) @ dequantize(self.weight, self.scale, axis=1)
+            + self.bias
+        )
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        zero = torch.zeros((), dtype=torch.int8)
+        return torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.int8, shape=x.shape, version=20)
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
+
+
+def dequantize(x: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (x, scale, torch.zeros(scale.shape, dtype=torch.int8)),
+            attrs={} if axis is None else {"axis": axis},
+            dtype=scale.dtype,
+            shape=x.shape,
+            version=20,
+        )
+    return x.to(scale.dtype) * scale
+
+
+def linears(graph: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that are quantized, by name: all of the encoder's matrix products with weights."""
+    return {name: each for name, each in graph.named_modules() if isinstance(each, nn.Linear) and "layers." in name}
+
+
+def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]:
+    """Watch fp32 activations on real texts; return the ranges that each of `METHODS` sets.
+
+    One histogram an input serves all three: its end, the 99.99th percentile, and the cut of least Kullback-Leibler
+    divergence (Migacz 2017, "8-bit Inference with TensorRT"), the last two as onnxruntime computes them.
+    """
+    collector = HistogramCollector("entropy", True, 512, 128, 99.99, "same")
+    seen: dict[str, list[npt.NDArray[np.float32]]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = [inputs[0].numpy()]
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears(graph).items()]
+    with contextlib.redirect_stdout(io.StringIO()):  # the collector talks
+        for _ in track(run(graph, batches), "calibrating", len(batches)):
+            collector.collect(seen)
+        cuts = {"percentile": collector.compute_percentile(), "entropy": collector.compute_entropy()}
+    for hook in hooks:
+        hook.remove()
+    ends = {name: float(max(-histogram[2], histogram[3])) for name, histogram in collector.histogram_dict.items()}
+    return {"minmax": ends} | {
+        method: {name: float(np.max(np.abs(np.asarray(cut[:2], np.float64)))) for name, cut in found.items()}
+        for method, found in cuts.items()
+    }
+
+
+def quantized(model: Any, ranges: Ranges, dtype: torch.dtype = torch.float32, skip: Sequence[str] = ()) -> PackedBert:
+    """Return the graph in `dtype` with its linear layers in INT8, but for those named in `skip`."""
+    graph = PackedBert(model, dtype).eval()
+    for name, layer in linears(graph).items():
+        if name not in skip:
+            graph.set_submodule(name, Int8Linear(layer, ranges[name]))
+    return graph
+
+
+def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[tuple[str, float]]:
+    """Rank the layers by the loss that quantizing each alone causes, worst first.
+
+    The loss is the Kullback-Leibler divergence of the categories' probabilities from those in fp32, in nats a text.
+    """
+    graph = PackedBert(model).eval()
+    expected = logits(graph, batches)
+    losses = []
+    for name, layer in track(list(linears(graph).items()), "ranking layers"):
+        graph.set_submodule(name, Int8Linear(layer, ranges[name]))
+        losses.append((name, divergence(expected, logits(graph, batches))))
+        graph.set_submodule(name, layer)
+    return sorted(losses, key=lambda each: -each[1])
+
+
+def divergence(expected: Tensor, actual: Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence, in nats, between softmaxes of logits [texts, labels]."""
+    log = F.log_softmax(actual, 1), F.log_softmax(expected, 1)
+    return F.kl_div(*log, reduction="batchmean", log_target=True).item()
+
+
+def logits(graph: nn.Module, batches: Sequence[Packed]) -> Tensor:
+    return torch.cat(list(run(graph, batches)))
+
+
+def run(graph: nn.Module, batches: Iterable[Packed]) -> Iterable[Tensor]:
+    with torch.inference_mode():
+        for batch in batches:
+            yield graph(*map(torch.from_numpy, batch))
