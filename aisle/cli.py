@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from aisle.console import print_json, say, stdout, track
+from aisle.console import print_json, say, stderr, stdout, track
 from aisle.errors import InputError, ServerError
 
 app = typer.Typer(
@@ -24,8 +25,24 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TextColumn = Annotated[str, typer.Option(help="The column that holds the text.")]
 LabelColumn = Annotated[str, typer.Option(help="The column that holds the category.")]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(help="The training table, to calibrate and check with, where the checkpoint has no sample."),
+]
 Repository = Annotated[Path, typer.Option(help="The model repository.")]
 Url = Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC endpoint.")]
+Model = Annotated[str, typer.Option(help="A Hugging Face BERT (folder or hub name), or 'scratch'.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts a step, on all devices together.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(min=0, help="At its highest; default: 5e-4 from scratch, 3e-5 for a BERT-base."),
+]
+MaxTokens = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a text; the rest is cut off.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Compute a step's texts in so many parts, to save memory.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps that a kill can lose; default: as few as cost under 2 % of the time.")
+]
+LogDir = Annotated[Path | None, typer.Option(help="Log to TensorBoard here.")]
 TopK = Annotated[int, typer.Option(help="How many categories a text gets.")]
 
 # What each extra brings, so that a missing module can name it.
@@ -33,6 +50,9 @@ EXTRAS = {
     "torch": "train",
     "transformers": "train",
     "sklearn": "train",
+    "datasketch": "clean",
+    "optuna": "train",
+    "tensorboard": "train",
     "tokenizers": "train",
     "pyarrow": "parquet",
     "matplotlib": "report",
@@ -66,7 +86,8 @@ def main() -> None:
         # typer's own usage errors, told by their exit code so as not to depend on its private classes
         if hasattr(error, "format_message"):
             _exit(2, error.format_message())
-        if type(error).__name__ == "GateError":
+        if type(error).__name__ == "GateError":  # by name, so that the thin client does without its module
+            _show_gate(error)
             _exit(3, str(error))
         raise
 
@@ -77,6 +98,9 @@ def _exit(code: int, message: str) -> None:
 
 
 def report(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Print a result; of the processes that torchrun starts, the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print_json(result)
     else:
@@ -97,25 +121,145 @@ def sample(
 
 
 @app.command()
+def clean(
+    data: Annotated[Path, typer.Argument(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The table to write.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    near: Annotated[
+        float, typer.Option(min=0, max=1, help="Jaccard similarity of near-duplicates; 0 keeps them all.")
+    ] = 0.8,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="The HTML report; by default beside the table, with a .json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Clean a table of any size: copies, conflicting labels, personal data; with a report."""
+    from aisle.preprocess.quality import clean_file
+
+    result = clean_file(data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"))
+    report(result, as_json, _show_cleaning)
+
+
+@app.command()
 def train(
     data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
-    model: Annotated[str, typer.Option(help="A Hugging Face BERT (folder or hub name), or 'scratch'.")] = "scratch",
+    model: Model = "scratch",
     epochs: Annotated[int, typer.Option(min=1)] = 2,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-4 from scratch, 3e-5 otherwise.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=8, max=512, help="Tokens of a text; the rest is cut off.")] = 128,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = None,
+    max_tokens: MaxTokens = 128,
+    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1, help="Rate of a layer to the next; default: 0.95, from scratch 1."),
+    ] = None,
+    class_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
+    ] = 0.0,
+    focal: Annotated[float, typer.Option(min=0, help="Gamma of the focal loss; 0 is plain cross-entropy.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.0,
+    level_weight: Annotated[
+        float, typer.Option(min=0, help="Of the loss at each level above the leaves, in categories like 'A > B > C'.")
+    ] = 0.0,
+    augment: Annotated[
+        list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")
+    ] = None,
+    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")] = 0.3,
+    class_floor: Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")] = 0,
+    mixup: Annotated[float, typer.Option(min=0, help="Mix the embeddings of two texts by beta(a, a).")] = 0.0,
+    accumulate: Accumulate = 1,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")] = 2,
+    folds: Annotated[int, typer.Option(min=0, help="Cross-validate in so many folds first.")] = 0,
+    seed: int = 0,
+    save_every: SaveEvery = None,
+    log_dir: LogDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier; a fifth of the texts is held out to measure it.
+
+    Started again after a kill it goes on. `torchrun --nproc-per-node N -m aisle train …` uses N devices.
+    """
+    from aisle.train.settings import Settings
+    from aisle.train.train import train as run
+
+    settings = Settings(
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        max_tokens=max_tokens,
+        seed=seed,
+        augment=tuple(augment or ()),
+        augment_rate=augment_rate,
+        class_floor=class_floor,
+        mixup=mixup,
+        layer_decay=layer_decay,
+        class_weight=class_weight,
+        focal=focal,
+        label_smoothing=label_smoothing,
+        level_weight=level_weight,
+        accumulate=accumulate,
+        patience=patience,
+        folds=folds,
+    )
+    result = run(data, text_column, label_column, out, settings, save_every=save_every, log_dir=log_dir)
+    report(result, as_json, _show_training)
+
+
+@app.command()
+def pretrain(
+    data: Annotated[list[Path], typer.Argument(help="Tables of texts; labels are not needed.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, for `aisle train --model`.")],
+    text_column: TextColumn = "text",
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = None,
+    max_tokens: MaxTokens = 128,
+    accumulate: Accumulate = 1,
+    seed: int = 0,
+    save_every: SaveEvery = None,
+    log_dir: LogDir = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a BERT the language of texts without labels, by masked words; what `aisle train` holds out is left out."""
+    from aisle.train.pretrain import pretrain as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(
+        model, epochs, batch_size, learning_rate, max_tokens=max_tokens, accumulate=accumulate, seed=seed
+    )
+    result = run(data, text_column, out, settings, save_every=save_every, log_dir=log_dir)
+    report(result, as_json, lambda r: say(f"{out}: {r['epochs'][-1]['accuracy']:.1%} of the masked words guessed"))
+
+
+@app.command()
+def search(
+    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the search; it goes on from there.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try, in all.")] = 20,
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 2,
+    max_tokens: MaxTokens = 128,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier; a fifth of the texts is held out to measure it."""
-    from aisle.train.train import Settings
-    from aisle.train.train import train as run
+    """Search for the best settings of `aisle train`; the held-out fifth is not looked at."""
+    from aisle.train.search import search as run
+    from aisle.train.settings import Settings
 
-    settings = Settings(model, epochs, batch_size, learning_rate, max_tokens=max_tokens, seed=seed)
-    report(run(data, text_column, label_column, out, settings), as_json, _show_metrics)
+    settings = Settings(model, epochs, max_tokens=max_tokens, seed=seed)
+    result = run(data, text_column, label_column, out, settings, trials)
+    report(result, as_json, _show_search)
 
 
 @app.command()
@@ -125,6 +269,10 @@ def evaluate(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     held_out: Annotated[bool, typer.Option("--held-out", help="Only the fifth that training held out.")] = False,
+    baselines: Annotated[
+        Path | None, typer.Option(help="A table; an SVM and keyword rules fitted on its training part compete.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="The HTML page to write.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint, or what a server answers, on labelled texts."""
@@ -133,26 +281,83 @@ def evaluate(
     if len(what) != (1 if url else 2):
         raise InputError("give either CHECKPOINT DATA, or --url HOST:PORT DATA")
     checkpoint = None if url else what[0]
-    result = run(what[-1], text_column, label_column, checkpoint=checkpoint, url=url, held_out=held_out)
-    report(result, as_json, _show_metrics)
+    result = run(
+        what[-1],
+        text_column,
+        label_column,
+        checkpoint=checkpoint,
+        url=url,
+        held_out=held_out,
+        baselines=baselines,
+        report=page,
+    )
+    report(result, as_json, _show_evaluation)
 
 
 @app.command()
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `aisle train` made.")],
     repository: Repository = Path("model_repository"),
-    target: Annotated[str, typer.Option(help="openvino (CPU) or onnxruntime (GPU).")] = "openvino",
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; by default the target's fastest.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="openvino, tensorrt or tensorrt-rtx; default: TensorRT where a GPU has it, else OpenVINO."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="int8 (the default), fp16, bf16 or fp32.")] = None,
+    data: CalibrationData = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a text, a multiple of 64 up to 512; default: as it was trained.")
+    ] = None,
+    gate: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="AGREEMENT F1_LOSS", help="Accept an engine that is worse than its gate allows."),
+    ] = None,
+    workspace_mb: Annotated[int, typer.Option(help="GPU memory that TensorRT may try kernels with.")] = 4096,
+    version_compatible: Annotated[bool, typer.Option(help="TensorRT: a plan for later versions too.")] = False,
+    hardware_compatible: Annotated[bool, typer.Option(help="TensorRT: a plan for other GPUs too.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: a file to keep kernel timings in.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile a checkpoint into the next version of the model repository."""
+    """Compile a checkpoint into a verified engine, the next version of the model repository."""
     from aisle.build.build import build as run
+    from aisle.build.gate import Gate
+    from aisle.build.material import Table
+    from aisle.build.tensorrt import Options
 
-    report(
-        run(checkpoint, repository, target, precision),
-        as_json,
-        lambda r: say(f"version {r['version']} of {repository} is {checkpoint}, {r['precision']} on {r['target']}"),
+    if max_tokens is not None and max_tokens not in range(64, 513, 64):
+        raise InputError(f"--max-tokens {max_tokens}: give a multiple of 64 from 64 to 512")
+    result = run(
+        checkpoint,
+        repository,
+        target,
+        precision,
+        data=Table(data, text_column, label_column) if data else None,
+        max_tokens=max_tokens,
+        gate=Gate(*gate) if gate else None,
+        options=Options(workspace_mb, version_compatible, hardware_compatible, timing_cache),
     )
+    report(result, as_json, lambda r: _show_build(r, checkpoint, repository))
+
+
+@app.command()
+def compare(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `aisle train` made.")],
+    html: Annotated[Path, typer.Option("--report", help="The page to write; a .json goes beside it.")] = Path(
+        "build/report.html"
+    ),
+    data: CalibrationData = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    as_json: Json = False,
+) -> None:
+    """Build every engine that this machine can, and compare size, speed and accuracy."""
+    from aisle.build.compare import COLUMNS
+    from aisle.build.compare import compare as run
+    from aisle.build.material import Table
+
+    result = run(checkpoint, html, Table(data, text_column, label_column) if data else None)
+    report(result, as_json, lambda r: _show_rows(COLUMNS, r["rows"]))
 
 
 @app.command()
@@ -245,6 +450,14 @@ def demo(
     report(run(Path("work"), repository, texts or TEXTS), as_json, _show_demo)
 
 
+def _show_cleaning(result: dict[str, Any]) -> None:
+    table = Table("dropped", "rows", "first of them")
+    for reason, rows in result["dropped"].items():
+        table.add_row(reason, str(rows), ", ".join(map(str, result["examples"][reason])))
+    stdout.print(table)
+    stdout.print(f"{result['rows_kept']} of {result['rows_in']} rows in {result['output']}; see {result['report']}")
+
+
 def _show_metrics(result: dict[str, Any]) -> None:
     table = Table("category", "precision", "recall", "F1", "rows")
     for name, row in result["per_class"].items():
@@ -252,6 +465,64 @@ def _show_metrics(result: dict[str, Any]) -> None:
         table.add_row(Text(name), *figures, str(row["support"]))
     stdout.print(table)
     stdout.print(f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {result['seconds']} s")
+
+
+def _show_training(result: dict[str, Any]) -> None:
+    _show_metrics(result)
+    if "cross_validation" in result:
+        mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
+        spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
+        stdout.print(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
+
+
+def _show_search(result: dict[str, Any]) -> None:
+    names = list(result["best"]["settings"])
+    table = Table("score", *names)
+    for trial in sorted(result["trials"], key=lambda trial: trial["score"] or 0.0, reverse=True):
+        table.add_row(f"{trial['score']:.4f}", *(f"{trial['settings'][name]:.3g}" for name in names))
+    stdout.print(table)
+    stdout.print(Text(result["train_with"] + " --data … -o …"), soft_wrap=True)
+
+
+def _show_evaluation(result: dict[str, Any]) -> None:
+    _show_metrics(result)
+    stdout.print("right among the first " + ", ".join(f"{k}: {share:.4f}" for k, share in result["top_k"].items()))
+    for level in result["levels"]:
+        stdout.print(f"level {level['level']}: accuracy {level['accuracy']:.4f}, macro-F1 {level['macro_f1']:.4f}")
+    calibration = result["calibration"]
+    stdout.print(f"calibration error {calibration['ece']:.4f}, temperature left {calibration['temperature']:.3f}")
+    for point in result["coverage"]["wanted"]:
+        if point["threshold"] is not None:
+            answered = f"{point['coverage']:.1%} of the texts, those of confidence {point['threshold']:.4f} and more"
+            stdout.print(f"{point['wanted']:.0%} accuracy on {answered}")
+    for each in result.get("baselines", ()):
+        stdout.print(f"{each['name']}: accuracy {each['accuracy']:.4f}, macro-F1 {each['macro_f1']:.4f}")
+
+
+def _show_build(result: dict[str, Any], checkpoint: Path, repository: Path) -> None:
+    say(f"version {result['version']} of {repository} is {checkpoint}, {result['precision']} on {result['target']}")
+    if not result["reused"]:
+        texts = f"{result['held_out_texts']} held-out texts"
+        say(f"agreement {result['agreement']:.2%}, macro-F1 {result['macro_f1']:.4f} on {texts}")
+        if result["gate"]["loosened"]:
+            say("its gate was loosened")
+
+
+def _show_gate(error: Any) -> None:
+    """Show what was asked of an engine beside what it does."""
+    table = Table("", "asked", "found")
+    table.add_row("top-1 agreement", f"≥ {error.row['least_agreement']:.2%}", f"{error.row['agreement']:.2%}")
+    table.add_row("macro-F1 loss", f"≤ {error.row['largest_f1_loss']:.2%}", f"{error.row['f1_loss']:.2%}")
+    stderr.print(table)
+
+
+def _show_rows(columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table; `columns` names the keys and their headings."""
+    table = Table(*columns.values())
+    for row in rows:
+        cells = (row.get(key) for key in columns)
+        table.add_row(*("–" if c is None else f"{c:.4g}" if isinstance(c, float) else Text(str(c)) for c in cells))
+    stdout.print(table)
 
 
 def _show_predictions(result: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ import hashlib
 import html
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from aisle.errors import InputError
+from aisle.preprocess.pii import scrub
 
 MAX_BYTES = 32 * 1024  # of one text, as UTF-8
 
@@ -49,8 +51,11 @@ def clean(text: str) -> str:
     return _SPACE.sub(" ", _REPEATED.sub(r"\1", text)).strip()
 
 
-def prepare(raw: str | bytes | None) -> str:
-    """Check and clean one text: what the tokenizer sees, in training and in serving.
+def prepare(raw: str | bytes | None, found: Counter[str] | None = None) -> str:
+    """Check, clean and scrub one text: what the tokenizer sees, in training and in serving.
+
+    Args:
+        found: counts the personal data replaced, by kind, if given.
 
     Raises:
         TextError: the text is missing, not UTF-8, over `MAX_BYTES`, or empty once cleaned.
@@ -67,13 +72,33 @@ def prepare(raw: str | bytes | None) -> str:
     text = clean(text)
     if not text:
         raise TextError("empty", "text is empty once cleaned; send at least one visible character")
-    return text
+    return scrub(text, found)
+
+
+def prepare_label(raw: str | None) -> str:
+    """Check and clean one label. It is not scrubbed: a category may be numbered like a telephone.
+
+    Raises:
+        TextError: the label is missing, not UTF-8, or empty once cleaned.
+    """
+    label = clean(raw or "")
+    if not label:
+        raise TextError("label missing", "label is missing; give the row a category")
+    try:
+        label.encode()
+    except UnicodeError:
+        raise TextError("label not UTF-8", "label is not valid UTF-8; encode it as UTF-8") from None
+    return label
+
+
+def content(text: str) -> str:
+    """Return what is left of a cleaned text without case, spaces and punctuation, or the text if that is nothing."""
+    return _INCIDENTAL.sub("", text.casefold()) or text
 
 
 def content_key(text: str) -> bytes:
-    """Return 16 bytes, equal for texts that differ only in case, spaces and punctuation."""
-    letters = _INCIDENTAL.sub("", text.casefold())
-    return hashlib.blake2b((letters or text).encode(), digest_size=16).digest()
+    """Return 16 bytes, equal for texts of equal content."""
+    return hashlib.blake2b(content(text).encode(), digest_size=16).digest()
 
 
 @dataclass
@@ -106,29 +131,27 @@ def clean_rows(rows: Iterable[tuple[str | None, str | None]]) -> tuple[Table, Cl
     A text that occurs under two labels teaches nothing: every copy of it is dropped.
     """
     report = CleaningReport()
-    seen: dict[bytes, tuple[int, str, str]] = {}  # content -> row, text, label
-    conflicting: dict[bytes, list[int]] = {}
+    first: dict[bytes, tuple[str, str]] = {}  # content -> text, label
+    copies: dict[bytes, list[tuple[int, str]]] = {}  # content -> row, label of each occurrence
     for row, (raw, raw_label) in enumerate(rows, start=1):
         report.rows_in += 1
-        label = clean(raw_label or "")
-        if not label:
-            report.drop("label missing", row)
-            continue
         try:
+            label = prepare_label(raw_label)
             text = prepare(raw)
         except TextError as error:
             report.drop(error.reason, row)
             continue
         key = content_key(text)
-        if key in conflicting:
-            conflicting[key].append(row)
-        elif key not in seen:
-            seen[key] = (row, text, label)
-        elif seen[key][2] == label:
-            report.drop("duplicate", row)
+        first.setdefault(key, (text, label))
+        copies.setdefault(key, []).append((row, label))
+    dropped = []
+    for key, group in copies.items():
+        if len({label for _, label in group}) > 1:
+            del first[key]
+            dropped += [(row, "conflicting labels") for row, _ in group]
         else:
-            conflicting[key] = [seen.pop(key)[0], row]
-    for row in sorted(row for group in conflicting.values() for row in group):
-        report.drop("conflicting labels", row)
-    report.rows_kept = len(seen)
-    return Table([text for _, text, _ in seen.values()], [label for _, _, label in seen.values()]), report
+            dropped += [(row, "duplicate") for row, _ in group[1:]]
+    for row, reason in sorted(dropped):
+        report.drop(reason, row)
+    report.rows_kept = len(first)
+    return Table([text for text, _ in first.values()], [label for _, label in first.values()]), report

@@ -1,13 +1,14 @@
-"""Tables of texts, read row by row: CSV, TSV, JSONL (each also gzipped) and Parquet."""
+"""Tables of texts, read row by row in constant memory: CSV, TSV, JSONL (each also gzipped) and Parquet."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import itertools
 import json
-import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,6 +16,10 @@ from typing import IO, Any, Literal
 from aisle.errors import InputError
 
 Row = dict[str, Any]
+
+LONGEST = 16 * 1024 * 1024  # characters of a line or cell: a quote left open must not draw the whole file into memory
+SAMPLE = 64 * 1024  # bytes from which the encoding is judged
+SURPLUS = "surplus cells"  # where a row keeps the cells that it has beyond the columns
 
 
 def file_format(path: Path) -> str:
@@ -44,7 +49,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a table.
 
     Raises:
-        InputError: there is no such file, its kind is unknown, or a line cannot be parsed.
+        InputError: there is no such file, its kind is unknown, it is not UTF-8, its columns are separated by something
+            else than its name says, or a line cannot be parsed; the message names the line.
     """
     kind = file_format(path)
     if not path.is_file():
@@ -53,18 +59,55 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _read_parquet(path)
         return
     try:
+        _check_encoding(path)
         with open_text(path) as file:
-            if kind == "jsonl":
-                yield from _read_jsonl(path, file)
-            else:
-                csv.field_size_limit(sys.maxsize)
-                yield from csv.DictReader(file, restkey="extra", delimiter="\t" if kind == "tsv" else ",")
-    except (csv.Error, gzip.BadGzipFile, EOFError) as error:
+            yield from _read_jsonl(path, file) if kind == "jsonl" else _read_csv(path, file, kind)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: {error}") from None
 
 
+def _check_encoding(path: Path) -> None:
+    """Refuse a file that begins in another encoding; a stray byte among UTF-8 is left for cleaning to judge."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        head = file.read(SAMPLE)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+        raise InputError(f"{path}, line 1: looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    lines = head.splitlines()[: -1 if len(head) == SAMPLE else None]  # the last may be cut
+    foreign = [number for number, line in enumerate(lines, start=1) if not _decodes(line, "utf-8")]
+    if 2 * len(foreign) > sum(not line.isascii() for line in lines):
+        chinese = all(_decodes(lines[number - 1], "gb18030") for number in foreign)
+        hint = "it looks like GBK; convert it: iconv -f GB18030 -t UTF-8" if chinese else "convert it: iconv -t UTF-8"
+        raise InputError(f"{path}, line {foreign[0]}: not UTF-8; {hint}")
+
+
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read_csv(path: Path, file: IO[str], kind: str) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST)
+    delimiter = "\t" if kind == "tsv" else ","
+    reader = csv.DictReader(file, restkey=SURPLUS, delimiter=delimiter)
+    line = 1
+    try:
+        header = reader.fieldnames or []
+        other = next((each for each in "\t;|," if len(header) == 1 and each in header[0]), None)
+        if other is not None:
+            message = f"columns are separated by {other!r}, but .{kind} means {delimiter!r}; rename or convert it"
+            raise InputError(f"{path}, line 1: {message}")
+        for row in reader:
+            yield row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}, row at line {line}: {error}; is a quote left open?") from None
+
+
 def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
         if not line.strip():
             continue
         try:
@@ -105,7 +148,8 @@ def write_rows(path: Path, rows: Callable[[], Iterator[Row]], columns: list[str]
         return
     with open_text(path, "wt") as file:
         if kind == "jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+            # Parquet has types that JSON lacks, such as dates.
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows())
         else:
             writer = csv.DictWriter(file, columns, restval="", delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
@@ -141,11 +185,24 @@ def column(rows: Iterator[Row], names: list[str], path: Path) -> Iterator[tuple[
         InputError: a column is missing; the message lists those there are.
     """
     for number, row in enumerate(rows, start=1):
-        for name in names:
-            if name not in row and number == 1:
-                there = ", ".join(str(key) for key in row)
-                raise InputError(f"{path}: no column {name!r}; it has: {there}")
+        if number == 1:
+            require(row, names, path)
         yield tuple(as_text(row.get(name)) for name in names)
+
+
+def require(row: Row, names: list[str], path: Path) -> None:
+    """Raise InputError if a table's first row lacks one of the columns."""
+    for name in names:
+        if name not in row:
+            message = (
+                f"no column {name!r}; it has: {', '.join(row)}; name the right one with --text-column, --label-column"
+            )
+            raise InputError(f"{path}: {message}")
+
+
+def has_surplus(row: Row) -> bool:
+    """Tell whether a row has more cells than columns: its text holds an unquoted separator, so the rest is shifted."""
+    return any(row.get(SURPLUS, ()))
 
 
 def as_text(value: Any) -> str | None:
@@ -154,9 +211,20 @@ def as_text(value: Any) -> str | None:
 
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> Iterator[tuple[str | None, str | None]]:
-    """Yield (text, label) of each row; the errors are those of `read_rows` and `column`."""
-    for text, label in column(read_rows(path), [text_column, label_column], path):
+    """Yield (text, label) of each row.
+
+    Raises:
+        InputError: as `read_rows` and `column`; or a row has more cells than columns.
+    """
+    for text, label in column(_unshifted(path), [text_column, label_column], path):
         yield text, label
+
+
+def _unshifted(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(read_rows(path), start=1):
+        if has_surplus(row):
+            raise InputError(f"{path}, row {number}: more cells than columns; quote texts that hold the separator")
+        yield row
 
 
 def fingerprint(path: Path) -> str:

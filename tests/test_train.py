@@ -10,10 +10,11 @@ from aisle.errors import InputError
 from aisle.preprocess.clean import Table
 from aisle.preprocess.encode import Encoder
 from aisle.train.checkpoint import checkpoint_fingerprint, load_model, read_labels
-from aisle.train.data import is_held_out, split
+from aisle.train.data import folds, is_held_out, is_validation, split
 from aisle.train.evaluate import evaluate
-from aisle.train.model import train_tokenizer
-from aisle.train.train import Settings, like_lengths, train
+from aisle.train.fit import like_lengths
+from aisle.train.model import SPECIAL, train_tokenizer
+from aisle.train.train import Settings, train
 
 
 def table(path: Path, rows: list[tuple[str, str]], header: str = "text,category") -> Path:
@@ -35,6 +36,8 @@ def test_checkpoint_is_complete(checkpoint: Path, sample: Path) -> None:
     assert len(training["data"]["sha256"]) == len(training["code_sha256"]) == 64
     assert training["data"]["cleaning"]["dropped"]["duplicate"] > 0
     assert sum(row["support"] for row in metrics["per_class"].values()) == metrics["rows"]["held_out"]
+    assert training["temperature"] != 1
+    assert len(training["epochs"]) == 3
 
 
 def test_it_learns(checkpoint: Path) -> None:
@@ -61,6 +64,43 @@ def test_split_is_by_content() -> None:
         assert is_held_out(text) == is_held_out(f" {text.upper()}！")
 
 
+def test_validation_is_a_tenth_of_what_is_not_held_out() -> None:
+    texts = [f"商品 {i}" for i in range(2000)]
+    parts = split(Table(texts, ["ab"[i % 2] for i in range(2000)]))
+    assert 0.08 < len(parts.validation.texts) / (2000 - len(parts.held_out.texts)) < 0.12
+    assert sorted(parts.train.texts + parts.validation.texts + parts.held_out.texts) == sorted(texts)
+
+
+def test_a_category_with_rows_in_validation_alone_is_trained_on_them() -> None:
+    texts = [f"商品 {i}" for i in range(200)]
+    rare = next(text for text in texts if not is_held_out(text) and is_validation(text))
+    parts = split(Table(texts, ["rare" if text == rare else "ab"[len(text) % 2] for text in texts]))
+    assert rare in parts.train.texts
+    assert "rare" not in parts.validation.labels
+
+
+def test_folds_hold_out_each_text_once_but_never_the_held_out_fifth() -> None:
+    texts = [f"商品 {i}" for i in range(600)]
+    splits = list(folds(Table(texts, ["ab"[i % 2] for i in range(600)]), 3))
+    held_out = [text for parts in splits for text in parts.held_out.texts]
+    assert sorted(held_out) == sorted(text for text in texts if not is_held_out(text))
+    for parts in splits:
+        assert 120 < len(parts.held_out.texts) < 200
+        assert not set(parts.held_out.texts) & {*parts.train.texts, *parts.validation.texts}
+
+
+def test_cross_validation_tells_the_spread(tmp_path: Path) -> None:
+    data = table(tmp_path / "a.csv", FRUIT)
+    metrics = train(data, "text", "category", tmp_path / "out", Settings(epochs=4, batch_size=8, folds=2))
+    figures = metrics["cross_validation"]
+    scores = [fold["accuracy"] for fold in figures["folds"]]
+    assert len(scores) == 2
+    assert figures["mean"]["accuracy"] == pytest.approx(sum(scores) / 2)
+    assert figures["mean"]["accuracy"] > 0.8
+    with pytest.raises(InputError, match="two folds or more"):
+        train(data, "text", "category", tmp_path / "out", Settings(folds=1))
+
+
 def test_batches_cover_every_text_once() -> None:
     tokens = [[0] * (1 + i % 30) for i in range(1003)]
     batches = list(like_lengths(tokens, 64, random.Random(0)))
@@ -79,14 +119,25 @@ def test_a_seed_repeats_a_run(tmp_path: Path) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_the_tokenizer_knows_frequent_words_and_every_character() -> None:
+    texts = ["蓝牙耳机 降噪 headphones", "蓝牙音箱 低音 headphone", "耳机壳 iPhone蓝牙"] * 20 + ["饕餮"]
+    tokenizers = [train_tokenizer(texts, 16) for _ in range(2)]
+    assert tokenizers[0].to_str() == tokenizers[1].to_str()
+    assert tokenizers[0].encode("iPhone蓝牙耳机").tokens[1:-1] == ["iphone", "蓝牙", "耳机"]
+    assert tokenizers[0].encode("餮饕牙蓝").tokens[1:-1] == ["餮", "饕", "牙", "蓝"]
+    assert tokenizers[0].encode("蓝牙" * 5000).tokens[1:-1] == ["蓝牙"] * 14
+    assert tokenizers[0].encode("犇").tokens[1:-1] == ["[UNK]"]
+
+
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
     """A masked-language BERT as a hub would give it, with WordPiece vocabulary file and all."""
     folder = tmp_path / "pretrained"
     texts = [text for text, _ in FRUIT]
-    vocabulary = train_tokenizer(texts, 128).get_vocab()
+    characters = sorted({c for text in texts for c in text if c != " "})
+    vocabulary = [*SPECIAL, *characters, *("##" + c for c in characters if c.isdigit())]
     folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64

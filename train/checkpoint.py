@@ -3,6 +3,7 @@
 config.json  model.safetensors      weights, as transformers saves them
 tokenizer.json                      the fast tokenizer
 labels.json                         the categories, in the order of the logits
+sample.jsonl                        some cleaned texts of each part, for calibrating and checking engines
 metrics.json                        how good it is on the held-out part
 training.json                       how it was made: settings, cleaning report, fingerprints of data and code
 """

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from aisle.errors import InputError
 
-SCRATCH = "scratch"
-VOCABULARY = 8000
+VOCABULARY = 12000
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def from_scratch(texts: Sequence[str], labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
     """Return a 4 × 256 BERT with random weights, and a WordPiece tokenizer learnt from the texts."""
     tokenizer = train_tokenizer(texts, max_tokens)
-    config = BertConfig(
+    return BertForSequenceClassification(small_bert(tokenizer, max_tokens, dropout, **label_names(labels))), tokenizer
+
+
+def small_bert(tokenizer: Tokenizer, max_tokens: int, dropout: float, **more: Any) -> BertConfig:
+    return BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
         num_hidden_layers=4,
@@ -27,18 +30,27 @@ def from_scratch(texts: Sequence[str], labels: Sequence[str], max_tokens: int, d
         max_position_embeddings=max_tokens,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        **_label_names(labels),
+        **more,
     )
-    return BertForSequenceClassification(config), tokenizer
 
 
 def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
-    """Learn a WordPiece vocabulary: single Chinese characters, pieces of other words, as BERT-base-Chinese has."""
+    """Learn a WordPiece vocabulary of the frequent words, Chinese and other, and of every character.
+
+    BERT-base-Chinese reads single characters and learns their words from billions of texts. Some ten thousand texts
+    cannot teach that: frequent words are pieces of their own here, in fewer tokens. A piece is the same at the start of
+    a word and within it, as Chinese has no spaces to tell the two apart.
+    """
     tokenizer = _wordpiece({})
     # The trainer breaks ties by token number and numbers characters in the order of a randomly seeded hash map.
     # Given them as special tokens, in order, it numbers them so; the vocabulary is then the same in every run.
-    pieces = sorted({piece for text in texts for piece in _characters(tokenizer, text)})
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *pieces], show_progress=False)
+    characters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[*SPECIAL, *characters],
+        continuing_subword_prefix="",
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = tokenizer.get_vocab()
 
@@ -52,21 +64,21 @@ def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
 
 
 def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=False)
+    # WordPiece takes quadratic time in the length of a word, and Chinese has no spaces: cut it at 16 characters.
+    chinese = pre_tokenizers.Split(Regex(r"\p{Han}{1,16}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), chinese])
     return tokenizer
 
 
-def _characters(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    """Yield the characters of a text as WordPiece writes them: those within a word begin with ##."""
-    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
-        yield word[0]
-        yield from ("##" + character for character in word[1:])
-
-
 def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
-    """Load a BERT and its fast tokenizer from a local folder or the Hugging Face hub, with a new classifier on top.
+    """Load a BERT and its fast tokenizer with a new classifier on top; the errors are those of `load_bert`."""
+    return load_bert(BertForSequenceClassification, name, max_tokens, dropout, **label_names(labels))
+
+
+def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **more: Any) -> tuple[Any, Tokenizer]:
+    """Load a BERT and its fast tokenizer from a local folder or the Hugging Face hub.
 
     Raises:
         InputError: it cannot be loaded, is no BERT, has no fast tokenizer, or reads fewer than `max_tokens` tokens.
@@ -78,12 +90,12 @@ def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: 
         if config.max_position_embeddings < max_tokens:
             raise InputError(f"{name} reads {config.max_position_embeddings} tokens at most; lower --max-tokens")
         tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
-        model = BertForSequenceClassification.from_pretrained(
+        model = architecture.from_pretrained(
             name,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             ignore_mismatched_sizes=True,  # a classifier for other labels is replaced
-            **_label_names(labels),
+            **more,
         )
     except InputError:
         raise
@@ -96,7 +108,7 @@ def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: 
     return model, tokenizer
 
 
-def _label_names(labels: Sequence[str]) -> dict[str, Any]:
+def label_names(labels: Sequence[str]) -> dict[str, Any]:
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-import math
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import aisle
-from aisle.console import say, track
-from aisle.errors import InputError
+from aisle.console import say
 from aisle.preprocess.clean import clean_rows
-from aisle.preprocess.encode import MAX_TOKENS, Encoder
+from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint, read_labelled
+from aisle.train.calibrate import fit_temperature
 from aisle.train.checkpoint import checkpoint_fingerprint, code_fingerprint, write_json
-from aisle.train.data import split
+from aisle.train.crossval import cross_validate
+from aisle.train.data import Split, folds, split
 from aisle.train.evaluate import logits_of, pad
+from aisle.train.fit import Hooks, Scalars, fit, like_lengths
+from aisle.train.loss import Loss
 from aisle.train.metrics import score
-from aisle.train.model import SCRATCH, from_pretrained, from_scratch
-
-Tokens = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What one training run is told."""
-
-    model: str = SCRATCH  # or a Hugging Face BERT: a local folder or a hub name
-    epochs: int = 2
-    batch_size: int = 64
-    learning_rate: float | None = None  # by default 5e-4 from scratch, 3e-5 from a pretrained model
-    warmup: float = 0.1  # share of the steps
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    max_tokens: int = MAX_TOKENS
-    seed: int = 0
+from aisle.train.model import from_pretrained, from_scratch
+from aisle.train.processes import Processes, processes
+from aisle.train.resume import STATE, check_replaceable, identity, put_in_place, working_folder
+from aisle.train.sample import draw, write_sample
+from aisle.train.settings import Settings as Settings
 
 
-def train(data: Path, text_column: str, label_column: str, out: Path, settings: Settings) -> dict[str, Any]:
+def train(
+    data: Path,
+    text_column: str,
+    label_column: str,
+    out: Path,
+    settings: Settings,
+    *,
+    save_every: int | None = None,
+    log_dir: Path | None = None,
+) -> dict[str, Any]:
     """Train a classifier on a table and write the checkpoint folder `out`.
+
+    A run that was killed goes on from its last state when it is started again. Under torchrun every process calls this;
+    the first one writes.
 
     Returns metrics.json: the scores on the held-out fifth, and the seconds it took.
 
@@ -55,117 +53,149 @@ def train(data: Path, text_column: str, label_column: str, out: Path, settings: 
         InputError: the table cannot be learnt from, or the model cannot be loaded.
     """
     start = time.perf_counter()
-    if out.exists() and not (out / "training.json").is_file() and (out.is_file() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is no checkpoint; choose another folder")
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-
+    check_replaceable(out, "training.json")
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column))
-    say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
     parts = split(table)
-    number = {label: i for i, label in enumerate(parts.labels)}
-    targets = torch.tensor([number[label] for label in parts.train.labels])
+    made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
+    with processes() as team, working_folder(out, identity(settings, made_from, team), first=team.first) as work:
+        say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
+        spread = {}
+        if settings.folds:
+            once = replace(settings, folds=0)
 
-    # Model and tokenizer; the tokenizer's file goes through the serving code's own loader.
-    if settings.model == SCRATCH:
+            def measured(parts: Split, folder: Path) -> dict[str, Any]:
+                learnt = learn(parts, once, folder, team, Hooks(folder / STATE, save_every))
+                return team.agree(measure(learnt, parts) if team.first else {})
+
+            spread = {"cross_validation": cross_validate(folds(table, settings.folds), work, team, measured)}
+
+        learnt = learn(parts, settings, work, team, Hooks(work / STATE, save_every, log_dir))
+        metrics: dict[str, Any] = {}
+        if team.first:
+            temperature = calibrate(learnt)
+            metrics = {**measure(learnt, parts), **spread, "seconds": round(time.perf_counter() - start, 1)}
+            # Write the folder and put it in its place.
+            folder = work / "checkpoint"
+            folder.mkdir(exist_ok=True)
+            learnt.model.save_pretrained(folder)
+            (work / "tokenizer.json").replace(folder / "tokenizer.json")
+            write_json(folder / "labels.json", parts.labels)
+            write_sample(folder, draw(parts))
+            write_json(folder / "metrics.json", metrics)
+            write_json(
+                folder / "training.json",
+                {
+                    "settings": asdict(settings),
+                    "data": {**made_from, "cleaning": asdict(cleaning)},
+                    "epochs": learnt.history,
+                    "temperature": temperature,
+                    "processes": team.count,
+                    "code_sha256": code_fingerprint(),
+                    "checkpoint_sha256": checkpoint_fingerprint(folder),
+                    "versions": {"aisle": aisle.__version__, "torch": torch.__version__},
+                },
+            )
+            put_in_place(folder, out)
+        return team.agree(metrics)
+
+
+@dataclass
+class Learnt:
+    """What `learn` comes back with."""
+
+    model: Any
+    encoder: Encoder
+    task: Classification
+    history: list[Scalars]
+
+
+def learn(parts: Split, settings: Settings, folder: Path, team: Processes, hooks: Hooks) -> Learnt:
+    """Train on one split; the tokenizer is left in `folder`."""
+    torch.manual_seed(settings.seed)
+    folder.mkdir(exist_ok=True)
+    if settings.from_scratch:
         model, tokenizer = from_scratch(parts.train.texts, parts.labels, settings.max_tokens, settings.dropout)
     else:
         model, tokenizer = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=_made(out.parent)))
-    try:
-        tokenizer.save(str(folder / "tokenizer.json"))
-        encoder = Encoder(folder / "tokenizer.json")
+    # The tokenizer's file goes through the serving code's own loader.
+    tokenizer.save(str(folder / "tokenizer.json"))
+    encoder = Encoder(folder / "tokenizer.json")
+    task = Classification(parts, encoder, settings, team.device)
+    history = fit(model, task, settings, team, hooks)
+    return Learnt(model.eval(), encoder, task, history)
 
-        fit(model, encoder.tokens(parts.train.texts), targets, settings)
 
-        # Evaluate on the held-out part, then write the rest of the folder and put it in its place.
-        logits = logits_of(model.eval(), encoder.tokens(parts.held_out.texts), "evaluating")
-        metrics = score(parts.held_out.labels, [parts.labels[i] for i in logits.argmax(axis=1)])
-        metrics["rows"] = {"train": len(parts.train.texts), "held_out": len(parts.held_out.texts)}
-        metrics["seconds"] = round(time.perf_counter() - start, 1)
-        model.save_pretrained(folder)
-        write_json(folder / "labels.json", parts.labels)
-        write_json(folder / "metrics.json", metrics)
-        write_json(
-            folder / "training.json",
-            {
-                "settings": asdict(settings),
-                "data": {"file": data.name, "sha256": fingerprint(data), "cleaning": asdict(cleaning)},
-                "code_sha256": code_fingerprint(),
-                "checkpoint_sha256": checkpoint_fingerprint(folder),
-                "versions": {"aisle": aisle.__version__, "torch": torch.__version__},
-            },
-        )
-        _replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def calibrate(learnt: Learnt) -> float:
+    """Make confidences true of texts that the model has not seen: divide its logits by a temperature (Guo et al. 2017).
+
+    Returns the temperature.
+    """
+    task = learnt.task
+    if not task.validation:
+        return 1.0
+    temperature = fit_temperature(logits_of(learnt.model, task.validation, "calibrating"), task.validation_targets)
+    with torch.no_grad():
+        learnt.model.classifier.weight /= temperature
+        learnt.model.classifier.bias /= temperature
+    return temperature
+
+
+def measure(learnt: Learnt, parts: Split) -> dict[str, Any]:
+    """Return the scores on what the split holds out, and the parts' rows."""
+    logits = logits_of(learnt.model, learnt.encoder.tokens(parts.held_out.texts), "evaluating")
+    metrics = score(parts.held_out.labels, [parts.labels[i] for i in logits.argmax(axis=1)])
+    metrics["rows"] = {name: len(getattr(parts, name).texts) for name in ("train", "validation", "held_out")}
     return metrics
 
 
-def fit(model: Any, tokens: Tokens, targets: torch.Tensor, settings: Settings) -> None:
-    """Minimize the cross-entropy with AdamW: linear warm-up, then linear decay to zero."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).train()
-    # Without bf16 instructions a CPU would only emulate it, more slowly than fp32.
-    bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    rate = settings.learning_rate or (5e-4 if settings.model == SCRATCH else 3e-5)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]  # biases and LayerNorm are not decayed
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=rate,
-    )
-    steps = settings.epochs * math.ceil(len(tokens) / settings.batch_size)
-    warmup = max(1, int(settings.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    shuffler = random.Random(settings.seed)
-    for epoch in range(settings.epochs):
-        total = 0.0
-        batches = list(like_lengths(tokens, settings.batch_size, shuffler))
-        for batch in track(batches, f"epoch {epoch + 1}/{settings.epochs}"):
-            input_ids, attention_mask = pad([tokens[i] for i in batch])
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                output = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-            loss = F.cross_entropy(output.logits.float(), targets[batch].to(device))
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            total += loss.item()
-        say(f"epoch {epoch + 1}: mean loss {total / len(batches):.4f}")
+class Classification:
+    """The task of telling texts' categories."""
 
+    def __init__(self, parts: Split, encoder: Encoder, settings: Settings, device: torch.device) -> None:
+        if settings.augment or settings.class_floor:
+            from aisle.preprocess.augment import Augmenter, floor_rows
+        number = {label: i for i, label in enumerate(parts.labels)}
+        rows = range(len(parts.train.texts))
+        chosen: Sequence[int] = floor_rows(parts.train.labels, settings.class_floor) if settings.class_floor else rows
+        self.texts = [parts.train.texts[i] for i in chosen]
+        self.targets = torch.tensor([number[parts.train.labels[i]] for i in chosen], device=device)
+        self.validation = encoder.tokens(parts.validation.texts) if parts.validation.texts else []
+        self.validation_targets = np.array([number[label] for label in parts.validation.labels], np.int64)
+        self.encoder = encoder
+        self.settings = settings
+        self.device = device
+        self.augmenter = Augmenter(settings.augment, settings.seed, settings.augment_rate) if settings.augment else None
+        self.tokens = [] if self.augmenter else encoder.tokens(self.texts)
+        self.loss_of = Loss(parts.labels, self.targets, settings, device)
 
-def like_lengths(tokens: Tokens, size: int, shuffler: random.Random) -> Iterator[list[int]]:
-    """Yield shuffled batches whose texts are of like length, so that little of a batch is padding."""
-    order = list(range(len(tokens)))
-    shuffler.shuffle(order)
-    batches = []
-    for start in range(0, len(order), 50 * size):
-        pool = sorted(order[start : start + 50 * size], key=lambda i: len(tokens[i]))
-        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    shuffler.shuffle(batches)
-    yield from batches
+    def epoch(self, number: int) -> list[list[int]]:
+        if self.augmenter:
+            self.tokens = self.encoder.tokens(self.augmenter.texts(self.texts, number))
+        shuffler = random.Random(f"{self.settings.seed} {number}")
+        return list(like_lengths(self.tokens, self.settings.batch_size, shuffler))
 
+    def loss(self, model: Any, rows: Sequence[int]) -> torch.Tensor:
+        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad([self.tokens[i] for i in rows]))
+        targets = self.targets[rows]
+        if not self.settings.mixup:
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            return self.loss_of(logits, targets).sum()
+        # Mix the embeddings of two texts, and their losses likewise (Guo et al. 2019, arXiv:1905.08941).
+        embeddings = getattr(model, "module", model).get_input_embeddings()
+        vectors = embeddings(input_ids) * attention_mask[:, :, None]
+        other = torch.randperm(len(rows)).to(self.device)
+        share = float(torch.distributions.Beta(self.settings.mixup, self.settings.mixup).sample())
+        mixed = share * vectors + (1 - share) * vectors[other]
+        logits = model(inputs_embeds=mixed, attention_mask=attention_mask | attention_mask[other]).logits
+        return (share * self.loss_of(logits, targets) + (1 - share) * self.loss_of(logits, targets[other])).sum()
 
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    return folder
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Move `folder` to `out`; an older checkpoint there goes first."""
-    folder.chmod(0o755)
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
+    def validate(self, model: Any) -> Scalars | None:
+        if not self.validation:
+            return None
+        logits = torch.from_numpy(logits_of(model, self.validation, "validating"))
+        targets = torch.from_numpy(self.validation_targets)
+        return {
+            "score": float((logits.argmax(dim=1) == targets).float().mean()),
+            "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
+        }

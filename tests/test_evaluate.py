@@ -1,0 +1,242 @@
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aisle.client import Classifier, Failure, Prediction
+from aisle.errors import InputError
+from aisle.preprocess.clean import Table
+from aisle.train import metrics
+from aisle.train.baselines import KEYWORDS, apply_rules, compare, learn_rules, linear_svm, words
+from aisle.train.calibrate import calibration, fit_temperature, softmax
+from aisle.train.evaluate import TOP_K, evaluate, largest_top_k, measure
+
+from .conftest import Server, aisle
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> tuple[Any, Any]:
+    """Logits [20000, 6] and targets drawn from their own softmax."""
+    draw = np.random.default_rng(0)
+    logits = 2 * draw.normal(size=(20000, 6))
+    return logits, (softmax(logits).cumsum(axis=1) > draw.random((20000, 1))).argmax(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_is_found_again(calibrated: tuple[Any, Any], temperature: float) -> None:
+    logits, targets = calibrated
+    assert fit_temperature(logits * temperature, targets) == pytest.approx(temperature, rel=0.02)
+
+
+def test_few_or_flawless_texts_make_no_extreme_temperature() -> None:
+    assert fit_temperature(np.zeros((0, 3)), []) == 1
+    assert 0.5 < fit_temperature(3 * np.eye(4), np.arange(4)) < 2  # all right; unchecked, this were zero
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_calibration_is_measured_from_what_a_server_sends(calibrated: tuple[Any, Any], temperature: float) -> None:
+    """The three most probable of six categories tell what is left to fit, and how wrong confidence is meanwhile."""
+    logits, targets = calibrated
+    probabilities = softmax(logits * temperature)
+    best = np.argsort(-probabilities, axis=1)[:, :3]
+    ranked = [[str(i) for i in row] for row in best]
+    measured = calibration(list(map(str, targets)), ranked, np.take_along_axis(probabilities, best, axis=1).tolist())
+    assert measured["temperature"] == pytest.approx(temperature, rel=0.1)
+    right = np.mean(best[:, 0] == targets)
+    gap = measured["mean_confidence"] - right
+    for error in (measured["ece"], measured["ece_mass"]):
+        assert error < 0.015 if temperature == 1 else error == pytest.approx(abs(gap), abs=0.01)
+    assert np.sign(gap) == np.sign(temperature - 1) or temperature == 1
+    assert sum(each["rows"] for each in measured["bins"]) == len(targets)
+
+
+def test_calibration_by_hand() -> None:
+    measured = calibration(["a", "b"], [["a", "b"], ["a", "b"]], [[0.9, 0.1], [0.9, 0.1]])
+    assert measured["ece"] == pytest.approx(0.4)
+    assert measured["brier"] == pytest.approx((0.1**2 + 0.9**2) / 2)
+    assert measured["nll"] == pytest.approx(-(np.log(0.9) + np.log(0.1)) / 2)
+    assert measured["bins"] == [{"rows": 2, "confidence": pytest.approx(0.9), "accuracy": 0.5}]
+
+
+def test_coverage_by_hand() -> None:
+    """Equal confidences are answered all or none."""
+    confidence = np.array([0.6, 0.95, 0.8, 0.8, 0.2])
+    correct = np.array([True, True, True, False, False])
+    result = metrics.coverage(confidence, correct)
+    assert result["thresholds"][0] == {"threshold": 0.5, "coverage": 0.8, "accuracy": 0.75}
+    assert result["thresholds"][-1] == {"threshold": 0.99, "coverage": 0.0, "accuracy": None}
+    assert result["wanted"][0] == {"wanted": 0.9, "threshold": 0.95, "coverage": 0.2, "accuracy": 1.0}
+    assert [point["coverage"] for point in result["curve"]] == [0.2, 0.6, 0.6, 0.8, 1.0]
+    nothing = metrics.coverage(confidence, np.zeros(5, bool))["wanted"]
+    assert nothing[0] == {"wanted": 0.9, "threshold": None, "coverage": 0.0, "accuracy": None}
+
+
+def test_a_wanted_accuracy_is_kept_with_the_largest_coverage(rng: random.Random) -> None:
+    confidence = np.array([round(rng.random(), 2) for _ in range(3000)])
+    correct = np.array([rng.random() < 0.5 + c / 2 for c in confidence])
+    for point in metrics.coverage(confidence, correct)["wanted"]:
+        if point["threshold"] is None:
+            assert all(correct[confidence >= c].mean() < point["wanted"] for c in confidence)
+            continue
+        assert point["accuracy"] == correct[confidence >= point["threshold"]].mean() >= point["wanted"]
+        assert point["coverage"] == np.mean(confidence >= point["threshold"])
+        for lower in np.unique(confidence[confidence < point["threshold"]]):
+            assert correct[confidence >= lower].mean() < point["wanted"]
+
+
+def test_each_level_of_the_path_is_scored() -> None:
+    actual = ["食品 > 水果 > 苹果", "食品 > 水果 > 梨", "食品 > 乳品", "数码 > 手机 > 手机壳"]
+    predicted = ["食品 > 水果 > 梨", "食品 > 水果 > 梨", "食品 > 水果 > 梨", "食品 > 乳品"]
+    levels = metrics.upper_levels(actual, predicted)
+    assert [each["level"] for each in levels] == [1, 2]
+    assert [each["accuracy"] for each in levels] == [0.75, 0.5]
+    assert levels[0]["per_class"]["食品"] == {
+        "precision": 0.75,
+        "recall": 1.0,
+        "f1": pytest.approx(6 / 7),
+        "support": 3,
+    }
+    assert metrics.upper_levels(["a", "b"], ["a", "a"]) == []
+
+
+def test_measure_by_hand() -> None:
+    """A refused text is an error without confidence."""
+    answers = [
+        Prediction(("a", "b"), (0.9, 0.1)),
+        Prediction(("a", "b"), (0.6, 0.4)),
+        Prediction(("a", "b"), (0.8, 0.2)),
+        Failure("text is too long"),
+    ]
+    result = measure(["1", "2", "3", "4"], ["a", "b", "b", "a"], answers)
+    assert result["accuracy"] == result["micro_f1"] == 0.25
+    assert result["refused"] == 1
+    assert result["top_k"] == {"1": 0.25, "2": 0.75}
+    assert result["confusion"] == {"categories": ["(refused)", "a", "b"], "counts": [[0, 0, 0], [1, 1, 0], [0, 2, 0]]}
+    assert result["errors"][0] == {
+        "actual": "b",
+        "predicted": "a",
+        "rows": 2,
+        "share_of_actual": 1.0,
+        "examples": [{"text": "3", "confidence": 0.8}, {"text": "2", "confidence": 0.6}],
+    }
+    with pytest.raises(InputError, match="all 1 texts were refused, the first with: text is too long"):
+        measure(["1"], ["a"], [Failure("text is too long")])
+
+
+def test_many_categories_get_pairs_instead_of_a_matrix() -> None:
+    labels = [f"c{i}" for i in range(3000)]
+    result = measure(labels, labels, [Prediction(("c7", label), (0.5, 0.4)) for label in labels])
+    assert result["confusion"] is None
+    assert result["top_k"] == {"1": 1 / 3000, "2": 1.0}
+    assert len(result["errors"]) == metrics.GROUPS
+
+
+TRAIN = Table(
+    [f"红富士苹果 {i}斤 顺丰" for i in range(30)] + [f"Phone case 手机壳 第{i}款 顺丰" for i in range(30)],
+    ["水果"] * 30 + ["配件"] * 30,
+)
+
+
+def test_keyword_rules_are_what_people_would_write() -> None:
+    rules = learn_rules(TRAIN)
+    assert {"phone", "case"} <= set(rules["配件"])
+    assert any("苹果" in word for word in rules["水果"])
+    assert all("顺丰" not in keywords for keywords in rules.values())  # tells nothing
+    assert all(len(keywords) <= KEYWORDS for keywords in rules.values())
+    chinese = [word for word in rules["水果"] if not word.isascii()]
+    assert not any(a != b and a in b for a in chinese for b in chinese)
+
+    assert words("全新的手机 iPhone15") == {"全新", "新的手", "手机", "iphone15"}
+    known = {"水果": ["苹果", "新鲜"], "配件": ["手机", "phone"]}
+    texts = ["苹果手机 PHONE", "苹果手机", "新鲜苹果 phone", "headphones"]
+    assert apply_rules(known, texts) == ["配件", "水果", "水果", None]
+
+
+def test_linear_svm_learns() -> None:
+    assert linear_svm(TRAIN, ["苹果 红富士 一箱", "手机壳 防摔"]) == ["水果", "配件"]
+
+
+def test_baselines_need_two_categories(tmp_path: Path) -> None:
+    data = tmp_path / "a.csv"
+    data.write_text("text,category\n" + "".join(f"苹果 {i},水果\n" for i in range(20)), "utf-8")
+    with pytest.raises(InputError, match="has 1 categories; baselines need two or more"):
+        compare(data, "text", "category", ["苹果"], ["水果"], ["水果"])
+
+
+def test_a_checkpoint_and_its_server_are_measured_alike(
+    checkpoint: Path, sample: Path, server: Server, tmp_path: Path
+) -> None:
+    page = tmp_path / "pages" / "evaluation.html"
+    local = evaluate(sample, "text", "category", checkpoint=checkpoint, held_out=True, baselines=sample, report=page)
+    done = aisle("evaluate", "--url", server.url, sample, "--held-out", "--baselines", sample, "--json")
+    assert done.returncode == 0, done.stderr
+    served = json.loads(done.stdout)
+
+    assert _shape(local) == _shape(served)
+    assert served["evaluated"] == server.url
+    assert [len(result["top_k"]) for result in (local, served)] == [TOP_K, TOP_K]
+    for name in ("accuracy", "macro_f1", "weighted_f1", "top_k", "per_class"):
+        assert served[name] == local[name], name
+    for name in ("ece", "ece_mass", "brier", "nll", "temperature"):
+        assert served["calibration"][name] == pytest.approx(local["calibration"][name], abs=2e-3), name
+    assert [level["accuracy"] for level in local["levels"]] == sorted(
+        (level["accuracy"] for level in local["levels"]), reverse=True
+    )
+
+    svm, rules = local["baselines"]
+    assert svm["accuracy"] > rules["accuracy"] > 1 / server.labels
+    assert svm["only_model_right"] - svm["only_baseline_right"] == round(
+        (local["accuracy"] - svm["accuracy"]) * local["rows"]
+    )
+    assert 0 <= svm["p_value"] <= 1
+
+    html = page.read_text("utf-8")
+    assert html.count("<svg") == 2  # more categories than a heat map shows
+    assert not re.search(r"<(script|link|img)\b|\b(src|href)=\"(?!#)", html)  # nothing to load from elsewhere
+    worst = local["errors"][0]
+    assert worst["actual"].replace(">", "&gt;") in html
+    for heading in ("Beside the baselines", "Levels of the path", "Errors and their texts", "The keyword rules"):
+        assert f"<h2>{heading}</h2>" in html
+
+
+def _shape(value: Any) -> Any:
+    """Return what keys and types a result has; categories and counts of errors are its contents."""
+    if isinstance(value, dict):
+        return {key: _shape(each) for key, each in value.items() if key not in ("per_class", "rules", "skipped")}
+    if isinstance(value, list):
+        return [_shape(value[0])] if value else []
+    return type(value)
+
+
+def test_a_heat_map_names_its_categories(tmp_path: Path) -> None:
+    """And texts are shown as they are, never as markup."""
+    from aisle.train.evaluation_report import write_report
+
+    texts, labels = ["<script>alert(1)</script>", "2", "3"], ["水果", "配件", "配件"]
+    answers = [Prediction(("配件", "水果"), (0.75, 0.25))] * 3
+    facts = {"evaluated": "x", "data": "y", "held_out": False, "rows": 3, "skipped": {}, "seconds": 1.0}
+    result = {**facts, "texts_per_second": 3.0, **measure(texts, labels, answers)}
+    write_report(result, tmp_path / "a.html")
+    html = (tmp_path / "a.html").read_text("utf-8")
+    assert html.count("<svg") == 3
+    assert re.search(r"<text[^>]*>水果  1</text>", html)
+    assert "&lt;script&gt;alert(1)" in html
+    assert "<script" not in html
+    with pytest.raises(InputError, match="cannot write"):
+        write_report(result, tmp_path / "a.html" / "b.html")
+
+
+def test_top_k_is_cut_to_what_the_server_has(classifier: Classifier, server: Server) -> None:
+    assert largest_top_k(classifier, server.labels + 3) == server.labels
+    assert largest_top_k(classifier, 2) == 2
+
+
+def test_figures_are_shown(checkpoint: Path, sample: Path) -> None:
+    done = aisle("evaluate", checkpoint, sample, "--held-out", "--baselines", sample)
+    assert done.returncode == 0, done.stderr
+    for part in ("accuracy", "level 1", "calibration error", "keyword rules", "TF-IDF + linear SVM"):
+        assert part in done.stdout
