@@ -54,6 +54,7 @@ EXTRAS = {
     "optuna": "train",
     "tensorboard": "train",
     "tokenizers": "train",
+    "pypinyin": "train",
     "pyarrow": "parquet",
     "matplotlib": "report",
     "jinja2": "report",
@@ -260,6 +261,34 @@ def search(
     settings = Settings(model, epochs, max_tokens=max_tokens, seed=seed)
     result = run(data, text_column, label_column, out, settings, trials)
     report(result, as_json, _show_search)
+
+
+@app.command()
+def ablate(
+    data: Annotated[Path, typer.Argument(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the ablation; it goes on from there.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    technique: Annotated[
+        list[str] | None, typer.Option(help="Give it once for each.", show_default="all there are")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that each training draws.")] = 4000,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each technique.")] = 3,
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1)] = 4,
+    max_tokens: MaxTokens = 64,
+    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Probability that a text is varied.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Measure what each augmentation adds to training; the held-out fifth is not looked at."""
+    from aisle.train.ablate import COLUMNS, NAMES
+    from aisle.train.ablate import ablate as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(model, epochs, max_tokens=max_tokens, augment_rate=augment_rate)
+    techniques = tuple(technique or NAMES)
+    result = run(data, text_column, label_column, out, settings, rows=rows, seeds=seeds, techniques=techniques)
+    report(result, as_json, lambda r: _show_rows(COLUMNS, r["techniques"]))
 
 
 @app.command()

@@ -90,7 +90,7 @@ def make(material: Material, spec: EngineSpec, folder: Path, gate: Gate, options
     ranges, losses = material.ranges
 
     def attempt(skip: Sequence[str]) -> dict[str, Any]:
-        graph = quantize.quantized(material.model, ranges, DTYPES["int8"], skip)
+        graph = quantize.quantized(PackedBert(material.model, DTYPES["int8"]), ranges, skip)
         row = _compiled(material, graph, spec, folder, options)
         return {**row, "calibration": losses, "layers_in_fp16": list(skip)}
 

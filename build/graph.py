@@ -45,14 +45,17 @@ class PackedBert(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
         hidden = self.norm(self.word(input_ids), self.position(position_ids))  # [rows, width, hidden]
-        same_text = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        mask = torch.where(same_text, 0.0, MASKED)  # [rows, 1, width, width]
+        mask = self.mask(segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, mask)
         # Only [CLS] is read from the last layer: all but its attention runs on one token a text.
         cls = self.layers[-1](hidden, mask, cls_index)
         logits: Tensor = self.classifier(torch.tanh(self.pooler(cls.float())))
         return logits
+
+    def mask(self, segment_ids: Tensor) -> Tensor:
+        """Return what is added to the scores, [rows, 1, width, width]: nothing within a text."""
+        return torch.where((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None], 0.0, MASKED)
 
 
 class PackedLayer(nn.Module):
@@ -75,13 +78,16 @@ class PackedLayer(nn.Module):
         """Return the layer's output [rows, width, hidden], or [texts, hidden] of the flattened tokens `keep`."""
         # Each [rows, heads, width, hidden / heads].
         q, k, v = self.qkv(hidden).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = ((q @ k.transpose(2, 3)).float() + mask).softmax(-1).to(v.dtype)
-        context = (attention @ v).transpose(1, 2).flatten(2)
+        context = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
         if keep is not None:
             hidden, context = hidden.flatten(0, 1)[keep], context.flatten(0, 1)[keep]
         hidden = self.norm(hidden, self.project(context))
         output: Tensor = self.norm_out(hidden, self.down(self.activation(self.up(hidden))))
         return output
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        attention: Tensor = ((q @ k.transpose(2, 3)).float() + mask).softmax(-1).to(v.dtype)
+        return attention @ v
 
 
 class SumNorm(nn.Module):

@@ -73,7 +73,7 @@ class Material:
         ranges = quantize.calibrate(graph, self._packed(self.sample.train.texts))
         losses = {}
         for method, found in ranges.items():
-            actual = quantize.logits(quantize.quantized(self.model, found), self.validation)
+            actual = quantize.logits(quantize.quantized(PackedBert(self.model), found), self.validation)
             losses[method] = quantize.divergence(expected, actual)
         best = min(losses, key=losses.__getitem__)
         say(f"calibration: {best} (divergence: {', '.join(f'{name} {loss:.2g}' for name, loss in losses.items())})")

@@ -102,13 +102,12 @@ def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]
     }
 
 
-def quantized(model: Any, ranges: Ranges, dtype: torch.dtype = torch.float32, skip: Sequence[str] = ()) -> PackedBert:
-    """Return the graph in `dtype` with its linear layers in INT8, but for those named in `skip`."""
-    graph = PackedBert(model, dtype).eval()
+def quantized(graph: PackedBert, ranges: Ranges, skip: Sequence[str] = ()) -> PackedBert:
+    """Put the linear layers of a graph into INT8, but for those named in `skip`, and return it."""
     for name, layer in linears(graph).items():
         if name not in skip:
             graph.set_submodule(name, Int8Linear(layer, ranges[name]))
-    return graph
+    return graph.eval()
 
 
 def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[tuple[str, float]]:

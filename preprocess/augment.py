@@ -1,7 +1,8 @@
 """Augmentation: training texts varied anew in each epoch, so that a model learns what does not matter.
 
-Each technique is an object with one method. All are label-safe: the names of products, which tell the category, are never
-deleted or masked, and a change that lets the name of another product appear is undone. Evaluation texts never come here.
+Each technique is an object with one method. All are label-safe: the names of products, which tell the category, are
+never deleted or masked, and a change that lets the name of another product appear is undone. Labels are not seen here,
+and evaluation texts never come here.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ with Path(__file__).with_name("lexicon.toml").open("rb") as _file:
 PRODUCTS = {word.casefold(): group[0] for group in LEXICON["products"] for word in group}
 
 _HAN = "\u3400-\u9fff"
+_LETTER = rf"[^\W{_HAN}]"  # or digit, of any other script
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """Return a pattern of words, the longest first; those in Latin letters are found as whole words only."""
+    """Return a pattern of words, the longest first; a Latin letter or digit at their ends ends a text's word too."""
     longest_first = sorted({word.casefold() for word in words}, key=lambda word: (-len(word), word))
-    bounded = (rf"(?<![a-z0-9]){re.escape(w)}(?![a-z0-9])" if w.isascii() else re.escape(w) for w in longest_first)
-    return "|".join(bounded)
+    return "|".join(
+        (rf"(?<!{_LETTER})" if word[0].isascii() else "")
+        + re.escape(word)
+        + (rf"(?!{_LETTER})" if word[-1].isascii() else "")
+        for word in longest_first
+    )
 
 
 _PRODUCT = re.compile(_any_of(PRODUCTS), re.I)
-_WORD = rf"[{_HAN}]|[^\W{_HAN}]+(?:[.,/+-][^\W{_HAN}]+)*"  # 5.5, wi-fi and fh495/x are one word each
+_WORD = rf"[{_HAN}]|{_LETTER}+(?:[.,]\d{_LETTER}*)*"  # 2.5kg is one word
 _UNIT = re.compile(rf"(?P<product>{_PRODUCT.pattern})|(?P<word>{_WORD})|\s+|.", re.I | re.S)
 
 

@@ -50,7 +50,7 @@ def neighbours(signatures: Signatures, labels: npt.NDArray[np.integer[Any]], thr
 
     Near: an estimated Jaccard similarity of `threshold` or more. Texts are compared where a band of their signatures
     is equal, which at least 95 in 100 pairs at the threshold have, and more above it.
-    `signatures` may be a memory map: of all texts, some 50 bytes each are held at once, whatever their length; of those
+    `signatures` may be a memory map: of all texts, some 80 bytes each are held at once, whatever their length; of those
     that share a band with another, some hundred bytes a band more.
 
     Args:

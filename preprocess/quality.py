@@ -71,7 +71,6 @@ class _Usable:
 
     def signatures(self) -> npt.NDArray[np.uint32]:
         """Return a memory map of the signatures [contents, PERMUTATIONS], in the order of their first rows."""
-        self._seen.clear()  # no row comes any more
         self._signatures.flush()
         return np.memmap(self._signatures, np.uint32, "r").reshape(-1, PERMUTATIONS)
 
@@ -120,7 +119,9 @@ def clean_file(
         raise InputError(f"{out} is the input; choose another output")
     if not 0 <= near <= 1:
         raise InputError(f"a near-duplicate threshold of {near:g} makes no sense; give 0 (off) or up to 1")
-    page = page or out.with_name(out.name.removesuffix("".join(out.suffixes)) + ".report.html")
+    page = page or out.with_name(out.name.removesuffix(".gz")).with_suffix(".report.html")
+    if page.suffix.lower() != ".html":
+        raise InputError(f"{page}: the report is a page; name it .html")
     report = CleaningReport()
     before: Counter[str] = Counter()
     personal: Counter[str] = Counter()

@@ -70,7 +70,7 @@ def _check_encoding(path: Path) -> None:
     """Refuse a file that begins in another encoding; a stray byte among UTF-8 is left for cleaning to judge."""
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         head = file.read(SAMPLE)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(b"\0") > len(head) // 4:
         raise InputError(f"{path}, line 1: looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     lines = head.splitlines()[: -1 if len(head) == SAMPLE else None]  # the last may be cut
     foreign = [number for number, line in enumerate(lines, start=1) if not _decodes(line, "utf-8")]

@@ -119,7 +119,7 @@ def test_tensorrt_compiles_bert_base(tmp_path: Path, precision: str) -> None:
     model = random_bert(0, **size, vocab_size=21128, max_position_embeddings=512)
     graph = PackedBert(model, DTYPES[precision])
     if precision == "int8":
-        graph = quantized(model, dict.fromkeys(linears(graph), 4.0), DTYPES[precision])
+        graph = quantized(graph, dict.fromkeys(linears(graph), 4.0))
     export(graph, 128, tmp_path / "model.onnx")
     tensorrt.compile_plan(tmp_path / "model.onnx", tmp_path, "tensorrt-rtx", 128, tensorrt.Options())
     parameters = sum(each.numel() for each in model.parameters())

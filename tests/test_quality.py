@@ -121,8 +121,15 @@ def test_other_columns_stay_as_they_were(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("苹果", "Han"), ("苹果 5kg 一箱好吃不贵的水果", "mixed"), ("苹果iPhone", "mixed"), ("Ünlü marka", "Latin")]
-    + [("яблоко 苹果", "other"), ("りんご", "other"), ("5!", "no letters")],
+    [
+        ("苹果", "Han"),
+        ("苹果 5kg 一箱好吃不贵的水果", "mixed"),
+        ("苹果iPhone", "mixed"),
+        ("Ünlü marka", "Latin"),
+        ("яблоко 苹果", "other"),
+        ("りんご", "other"),
+        ("5!", "no letters"),
+    ],
 )
 def test_scripts(text: str, expected: str) -> None:
     assert script(text) == expected
@@ -134,7 +141,9 @@ def jaccard(a: str, b: str) -> float:
 
 
 def test_pairs_over_the_threshold_are_found_and_pairs_under_it_are_not(rng: random.Random) -> None:
-    letters = "的一是了我不在人有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学"
+    letters = (
+        "的一是了我不在人有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学"
+    )
     texts, similarities = [], []
     for changes in [1, 2, 3, 4, 6, 8, 12, 20] * 25:
         text = [rng.choice(letters) for _ in range(100)]
@@ -207,7 +216,14 @@ def test_bad_tables_are_one_line(tmp_path: Path, name: str, content: bytes, comp
 
 
 def test_rows_that_cannot_be_read_right_are_dropped_with_their_number(tmp_path: Path) -> None:
-    lines = [b"text,category", "好,不错,书籍".encode(), "尚可,书籍,".encode(), b"\xff\xfe,c", b"apple,\xc9", "葡萄,水果".encode()]
+    lines = [
+        b"text,category",
+        "好,不错,书籍".encode(),
+        "尚可,书籍,".encode(),
+        b"\xff\xfe,c",
+        b"apple,\xc9",
+        "葡萄,水果".encode(),
+    ]
     (tmp_path / "in.csv").write_bytes(b"\n".join(lines))
     rows, result = cleaned(tmp_path / "in.csv", tmp_path / "out.csv")
     assert [list(row.values()) for row in rows] == [["尚可", "书籍"], ["葡萄", "水果"]]

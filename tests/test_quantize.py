@@ -46,9 +46,9 @@ def test_quantizing_costs_little_and_skipping_costs_less() -> None:
     model, data = random_bert(0), batches(4)
     expected = logits(PackedBert(model).eval(), data)
     ranges = calibrate(PackedBert(model).eval(), data)["minmax"]
-    whole = divergence(expected, logits(quantized(model, ranges), data))
+    whole = divergence(expected, logits(quantized(PackedBert(model), ranges), data))
     ranking = sensitivity(model, ranges, data)
-    spared = quantized(model, ranges, skip=[name for name, _ in ranking[:6]])
+    spared = quantized(PackedBert(model), ranges, skip=[name for name, _ in ranking[:6]])
     assert 0 < divergence(expected, logits(spared, data)) < whole < 0.05
     assert sum(isinstance(each, Int8Linear) for each in spared.modules()) == len(ranking) - 6
     assert [loss for _, loss in ranking] == sorted((loss for _, loss in ranking), reverse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.floating[Any]]
 BINS = 15  # as in Guo et al. 2017
 COOLEST, HOTTEST = 0.05, 20.0
 
@@ -39,8 +39,9 @@ def fit_temperature(logits: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 
 def softmax(logits: Floats) -> Floats:
     """Return the probabilities of logits [texts, labels], computed as the server does."""
-    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return probabilities / probabilities.sum(axis=1, keepdims=True)
+    probabilities: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def calibration(

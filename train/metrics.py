@@ -62,7 +62,7 @@ def top_k(actual: Sequence[str], ranked: Sequence[Sequence[str]]) -> dict[str, f
     }
 
 
-def coverage(confidence: npt.NDArray[np.floating], correct: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def coverage(confidence: npt.NDArray[np.floating[Any]], correct: npt.NDArray[np.bool_]) -> dict[str, Any]:
     """Return what share is answered, and how well, if texts below a confidence are sent to a human.
 
     `thresholds` at round confidences, `curve` at each hundredth of the rows, and under `wanted` the lowest threshold
@@ -103,7 +103,7 @@ def confusion(actual: Sequence[str], predicted: Sequence[str]) -> dict[str, Any]
 
 
 def errors(
-    texts: Sequence[str], actual: Sequence[str], predicted: Sequence[str], confidence: npt.NDArray[np.floating]
+    texts: Sequence[str], actual: Sequence[str], predicted: Sequence[str], confidence: npt.NDArray[np.floating[Any]]
 ) -> list[dict[str, Any]]:
     """Return the errors by actual and predicted category: the most frequent groups, each with its surest texts."""
     rows = Counter(actual)
