@@ -1,0 +1,193 @@
+"""Learning: labelled texts to a checkpoint, and what helps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics, show_rows
+from aisle.console import say, stdout
+
+app = typer.Typer()
+Model = Annotated[str, typer.Option(help="A Hugging Face BERT (folder or hub name), or 'scratch'.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts a step, on all devices together.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(min=0, help="At its highest; default: 5e-4 from scratch, 3e-5 for a BERT-base."),
+]
+MaxTokens = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a text; the rest is cut off.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Compute a step's texts in so many parts, to save memory.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps that a kill can lose; default: as few as cost under 2 % of the time.")
+]
+LogDir = Annotated[Path | None, typer.Option(help="Log to TensorBoard here.")]
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1)] = 2,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = None,
+    max_tokens: MaxTokens = 128,
+    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1, help="Rate of a layer to the next; default: 0.95, from scratch 1."),
+    ] = None,
+    class_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
+    ] = 0.0,
+    focal: Annotated[float, typer.Option(min=0, help="Gamma of the focal loss; 0 is plain cross-entropy.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.0,
+    level_weight: Annotated[
+        float, typer.Option(min=0, help="Of the loss at each level above the leaves, in categories like 'A > B > C'.")
+    ] = 0.0,
+    augment: Annotated[
+        list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")
+    ] = None,
+    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")] = 0.3,
+    class_floor: Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")] = 0,
+    mixup: Annotated[float, typer.Option(min=0, help="Mix the embeddings of two texts by beta(a, a).")] = 0.0,
+    accumulate: Accumulate = 1,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")] = 2,
+    folds: Annotated[int, typer.Option(min=0, help="Cross-validate in so many folds first.")] = 0,
+    seed: int = 0,
+    save_every: SaveEvery = None,
+    log_dir: LogDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier; a fifth of the texts is held out to measure it.
+
+    Started again after a kill it goes on. `torchrun --nproc-per-node N -m aisle train …` uses N devices.
+    """
+    from aisle.train.settings import Settings
+    from aisle.train.train import train as run
+
+    settings = Settings(
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        max_tokens=max_tokens,
+        seed=seed,
+        augment=tuple(augment or ()),
+        augment_rate=augment_rate,
+        class_floor=class_floor,
+        mixup=mixup,
+        layer_decay=layer_decay,
+        class_weight=class_weight,
+        focal=focal,
+        label_smoothing=label_smoothing,
+        level_weight=level_weight,
+        accumulate=accumulate,
+        patience=patience,
+        folds=folds,
+    )
+    result = run(data, text_column, label_column, out, settings, save_every=save_every, log_dir=log_dir)
+    report(result, as_json, _show_training)
+
+
+@app.command()
+def pretrain(
+    data: Annotated[list[Path], typer.Argument(help="Tables of texts; labels are not needed.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, for `aisle train --model`.")],
+    text_column: TextColumn = "text",
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = None,
+    max_tokens: MaxTokens = 128,
+    accumulate: Accumulate = 1,
+    seed: int = 0,
+    save_every: SaveEvery = None,
+    log_dir: LogDir = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a BERT the language of texts without labels, by masked words; what `aisle train` holds out is left out."""
+    from aisle.train.pretrain import pretrain as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(
+        model, epochs, batch_size, learning_rate, max_tokens=max_tokens, accumulate=accumulate, seed=seed
+    )
+    result = run(data, text_column, out, settings, save_every=save_every, log_dir=log_dir)
+    report(result, as_json, lambda r: say(f"{out}: {r['epochs'][-1]['accuracy']:.1%} of the masked words guessed"))
+
+
+@app.command()
+def search(
+    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the search; it goes on from there.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try, in all.")] = 20,
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 2,
+    max_tokens: MaxTokens = 128,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Search for the best settings of `aisle train`; the held-out fifth is not looked at."""
+    from aisle.train.search import search as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(model, epochs, max_tokens=max_tokens, seed=seed)
+    result = run(data, text_column, label_column, out, settings, trials)
+    report(result, as_json, _show_search)
+
+
+@app.command()
+def ablate(
+    data: Annotated[Path, typer.Argument(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the ablation; it goes on from there.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    technique: Annotated[
+        list[str] | None, typer.Option(help="Give it once for each.", show_default="all there are")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that each training draws.")] = 4000,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each technique.")] = 3,
+    model: Model = "scratch",
+    epochs: Annotated[int, typer.Option(min=1)] = 4,
+    max_tokens: MaxTokens = 64,
+    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Probability that a text is varied.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Measure what each augmentation adds to training; the held-out fifth is not looked at."""
+    from aisle.train.ablate import COLUMNS, NAMES
+    from aisle.train.ablate import ablate as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(model, epochs, max_tokens=max_tokens, augment_rate=augment_rate)
+    techniques = tuple(technique or NAMES)
+    result = run(data, text_column, label_column, out, settings, rows=rows, seeds=seeds, techniques=techniques)
+    report(result, as_json, lambda r: show_rows(COLUMNS, r["techniques"]))
+
+
+def _show_training(result: dict[str, Any]) -> None:
+    show_metrics(result)
+    if "cross_validation" in result:
+        mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
+        spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
+        stdout.print(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
+
+
+def _show_search(result: dict[str, Any]) -> None:
+    names = list(result["best"]["settings"])
+    table = Table("score", *names)
+    for trial in sorted(result["trials"], key=lambda trial: trial["score"] or 0.0, reverse=True):
+        table.add_row(f"{trial['score']:.4f}", *(f"{trial['settings'][name]:.3g}" for name in names))
+    stdout.print(table)
+    stdout.print(Text(result["train_with"] + " --data … -o …"), soft_wrap=True)

@@ -1,0 +1,61 @@
+"""Measuring: how good a checkpoint, or what is served, is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics
+from aisle.console import stdout
+from aisle.errors import InputError
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    what: Annotated[list[Path], typer.Argument(metavar="[CHECKPOINT] DATA", help="CHECKPOINT only without --url.")],
+    url: Annotated[str, typer.Option(help="HOST:PORT of a running server to evaluate instead.")] = "",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    held_out: Annotated[bool, typer.Option("--held-out", help="Only the fifth that training held out.")] = False,
+    baselines: Annotated[
+        Path | None, typer.Option(help="A table; an SVM and keyword rules fitted on its training part compete.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="The HTML page to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint, or what a server answers, on labelled texts."""
+    from aisle.train.evaluate import evaluate as run
+
+    if len(what) != (1 if url else 2):
+        raise InputError("give either CHECKPOINT DATA, or --url HOST:PORT DATA")
+    checkpoint = None if url else what[0]
+    result = run(
+        what[-1],
+        text_column,
+        label_column,
+        checkpoint=checkpoint,
+        url=url,
+        held_out=held_out,
+        baselines=baselines,
+        report=page,
+    )
+    report(result, as_json, _show_evaluation)
+
+
+def _show_evaluation(result: dict[str, Any]) -> None:
+    show_metrics(result)
+    stdout.print("right among the first " + ", ".join(f"{k}: {share:.4f}" for k, share in result["top_k"].items()))
+    for level in result["levels"]:
+        stdout.print(f"level {level['level']}: accuracy {level['accuracy']:.4f}, macro-F1 {level['macro_f1']:.4f}")
+    calibration = result["calibration"]
+    stdout.print(f"calibration error {calibration['ece']:.4f}, temperature left {calibration['temperature']:.3f}")
+    for point in result["coverage"]["wanted"]:
+        if point["threshold"] is not None:
+            answered = f"{point['coverage']:.1%} of the texts, those of confidence {point['threshold']:.4f} and more"
+            stdout.print(f"{point['wanted']:.0%} accuracy on {answered}")
+    for each in result.get("baselines", ()):
+        stdout.print(f"{each['name']}: accuracy {each['accuracy']:.4f}, macro-F1 {each['macro_f1']:.4f}")
