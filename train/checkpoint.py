@@ -15,8 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aisle
 from aisle.errors import InputError
+from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint
+from aisle.train.sample import Sample, write_sample
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "labels.json")
 
@@ -61,6 +64,26 @@ def load_model(folder: Path) -> Any:
     if model.config.num_labels != len(labels):
         raise InputError(f"{folder}: {len(labels)} labels for {model.config.num_labels} logits")
     return model.eval()
+
+
+def write_checkpoint(
+    folder: Path, model: Any, encoder: Encoder, sample: Sample, metrics: dict[str, Any], told: dict[str, Any]
+) -> None:
+    """Write all files of a checkpoint; `told` says in training.json how it was made."""
+    import torch
+
+    folder.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    encoder.save(folder / "tokenizer.json")
+    write_json(folder / "labels.json", [model.config.id2label[i] for i in range(model.config.num_labels)])
+    write_sample(folder, sample)
+    write_json(folder / "metrics.json", metrics)
+    made_by = {
+        "code_sha256": code_fingerprint(),
+        "checkpoint_sha256": checkpoint_fingerprint(folder),
+        "versions": {"aisle": aisle.__version__, "torch": torch.__version__},
+    }
+    write_json(folder / "training.json", {**told, **made_by})
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

@@ -9,27 +9,41 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from aisle.errors import InputError
+from aisle.train.settings import Settings
 
 VOCABULARY = 12000
+HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def from_scratch(texts: Sequence[str], labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
-    """Return a 4 × 256 BERT with random weights, and a WordPiece tokenizer learnt from the texts."""
-    tokenizer = train_tokenizer(texts, max_tokens)
-    return BertForSequenceClassification(small_bert(tokenizer, max_tokens, dropout, **label_names(labels))), tokenizer
+def from_scratch(texts: Sequence[str], labels: Sequence[str], settings: Settings) -> tuple[Any, Tokenizer]:
+    """Return a BERT with random weights, and a WordPiece tokenizer learnt from the texts.
+
+    Raises:
+        InputError: the hidden size cannot be divided into attention heads.
+    """
+    tokenizer = train_tokenizer(texts, settings.max_tokens)
+    return BertForSequenceClassification(small_bert(tokenizer, settings, **label_names(labels))), tokenizer
 
 
-def small_bert(tokenizer: Tokenizer, max_tokens: int, dropout: float, **more: Any) -> BertConfig:
+def small_bert(tokenizer: Tokenizer, settings: Settings, **more: Any) -> BertConfig:
+    """Return the configuration of a BERT in its usual proportions (Turc et al. 2019).
+
+    Raises:
+        InputError: the hidden size cannot be divided into attention heads.
+    """
+    heads, rest = divmod(settings.hidden_size, HEAD)
+    if rest or not heads:
+        raise InputError(f"a hidden size of {settings.hidden_size} cannot be divided; give a multiple of {HEAD}")
     return BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        max_position_embeddings=max_tokens,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * settings.hidden_size,
+        max_position_embeddings=settings.max_tokens,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
         **more,
     )
 

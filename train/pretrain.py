@@ -59,7 +59,7 @@ def pretrain(
         torch.manual_seed(settings.seed)
         if settings.from_scratch:
             tokenizer = train_tokenizer(texts, settings.max_tokens)
-            model: Any = MaskedBert(small_bert(tokenizer, settings.max_tokens, settings.dropout))
+            model: Any = MaskedBert(small_bert(tokenizer, settings))
         else:
             model, tokenizer = load_bert(MaskedBert, settings.model, settings.max_tokens, settings.dropout)
         task = MaskedWords(tokenizer, texts, validation, settings, team.device)
@@ -90,9 +90,22 @@ def read_texts(data: Sequence[Path], text_column: str) -> tuple[list[str], list[
     Raises:
         InputError: a table cannot be read, or too few texts are left.
     """
-    seen: set[bytes] = set()
     texts: list[str] = []
     validation: list[str] = []
+    for text in unlabelled(data, text_column):
+        (validation if is_validation(text) else texts).append(text)
+    if not texts or not validation:
+        raise InputError(f"{len(texts) + len(validation)} texts are too few to learn from; add texts")
+    return texts, validation
+
+
+def unlabelled(data: Sequence[Path], text_column: str) -> Iterator[str]:
+    """Yield the cleaned texts of some tables: each once, none that is held out.
+
+    Raises:
+        InputError: a table cannot be read.
+    """
+    seen: set[bytes] = set()
     for path in data:
         for (raw,) in track(column(read_rows(path), [text_column], path), f"reading {path.name}"):
             try:
@@ -103,10 +116,7 @@ def read_texts(data: Sequence[Path], text_column: str) -> tuple[list[str], list[
             if key in seen or is_held_out(text):
                 continue
             seen.add(key)
-            (validation if is_validation(text) else texts).append(text)
-    if not texts or not validation:
-        raise InputError(f"{len(texts) + len(validation)} texts are too few to learn from; add texts")
-    return texts, validation
+            yield text
 
 
 class MaskedBert(BertForMaskedLM):  # type: ignore[misc]

@@ -34,6 +34,8 @@ class Settings:
     accumulate: int = 1  # parts that a step's texts are computed in, to save memory
     patience: int = 2  # epochs without a better validation score before training stops
     folds: int = 0  # cross-validate in so many parts first; 0: don't
+    layers: int = 4  # of a model from scratch
+    hidden_size: int = 256  # likewise; a multiple of the 64 that an attention head is wide
 
     @property
     def from_scratch(self) -> bool:

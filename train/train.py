@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import aisle
 from aisle.console import say
 from aisle.preprocess.clean import clean_rows
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.train.calibrate import fit_temperature
-from aisle.train.checkpoint import checkpoint_fingerprint, code_fingerprint, write_json
+from aisle.train.checkpoint import write_checkpoint
 from aisle.train.crossval import cross_validate
 from aisle.train.data import Split, folds, split
 from aisle.train.evaluate import logits_of, pad
@@ -28,7 +27,7 @@ from aisle.train.metrics import score
 from aisle.train.model import from_pretrained, from_scratch
 from aisle.train.processes import Processes, processes
 from aisle.train.resume import STATE, check_replaceable, identity, put_in_place, working_folder
-from aisle.train.sample import draw, write_sample
+from aisle.train.sample import draw
 from aisle.train.settings import Settings as Settings
 
 
@@ -75,28 +74,15 @@ def train(
         if team.first:
             temperature = calibrate(learnt)
             metrics = {**measure(learnt, parts), **spread, "seconds": round(time.perf_counter() - start, 1)}
-            # Write the folder and put it in its place.
-            folder = work / "checkpoint"
-            folder.mkdir(exist_ok=True)
-            learnt.model.save_pretrained(folder)
-            (work / "tokenizer.json").replace(folder / "tokenizer.json")
-            write_json(folder / "labels.json", parts.labels)
-            write_sample(folder, draw(parts))
-            write_json(folder / "metrics.json", metrics)
-            write_json(
-                folder / "training.json",
-                {
-                    "settings": asdict(settings),
-                    "data": {**made_from, "cleaning": asdict(cleaning)},
-                    "epochs": learnt.history,
-                    "temperature": temperature,
-                    "processes": team.count,
-                    "code_sha256": code_fingerprint(),
-                    "checkpoint_sha256": checkpoint_fingerprint(folder),
-                    "versions": {"aisle": aisle.__version__, "torch": torch.__version__},
-                },
-            )
-            put_in_place(folder, out)
+            told = {
+                "settings": asdict(settings),
+                "data": {**made_from, "cleaning": asdict(cleaning)},
+                "epochs": learnt.history,
+                "temperature": temperature,
+                "processes": team.count,
+            }
+            write_checkpoint(work / "checkpoint", learnt.model, learnt.encoder, draw(parts), metrics, told)
+            put_in_place(work / "checkpoint", out)
         return team.agree(metrics)
 
 
@@ -115,7 +101,7 @@ def learn(parts: Split, settings: Settings, folder: Path, team: Processes, hooks
     torch.manual_seed(settings.seed)
     folder.mkdir(exist_ok=True)
     if settings.from_scratch:
-        model, tokenizer = from_scratch(parts.train.texts, parts.labels, settings.max_tokens, settings.dropout)
+        model, tokenizer = from_scratch(parts.train.texts, parts.labels, settings)
     else:
         model, tokenizer = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
     # The tokenizer's file goes through the serving code's own loader.
@@ -166,12 +152,14 @@ class Classification:
         self.settings = settings
         self.device = device
         self.augmenter = Augmenter(settings.augment, settings.seed, settings.augment_rate) if settings.augment else None
+        self.shown: Sequence[str] = self.texts  # as they are in this epoch
         self.tokens = [] if self.augmenter else encoder.tokens(self.texts)
         self.loss_of = Loss(parts.labels, self.targets, settings, device)
 
     def epoch(self, number: int) -> list[list[int]]:
         if self.augmenter:
-            self.tokens = self.encoder.tokens(self.augmenter.texts(self.texts, number))
+            self.shown = self.augmenter.texts(self.texts, number)
+            self.tokens = self.encoder.tokens(self.shown)
         shuffler = random.Random(f"{self.settings.seed} {number}")
         return list(like_lengths(self.tokens, self.settings.batch_size, shuffler))
 

@@ -19,6 +19,8 @@ LearningRate = Annotated[
     float | None,
     typer.Option(min=0, help="At its highest; default: 5e-4 from scratch, 3e-5 for a BERT-base."),
 ]
+Layers = Annotated[int, typer.Option(min=1, help="Of a model from scratch.")]
+HiddenSize = Annotated[int, typer.Option(min=64, help="Of a model from scratch, a multiple of 64.")]
 MaxTokens = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a text; the rest is cut off.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Compute a step's texts in so many parts, to save memory.")]
 SaveEvery = Annotated[
@@ -34,6 +36,8 @@ def train(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     model: Model = "scratch",
+    layers: Layers = 4,
+    hidden_size: HiddenSize = 256,
     epochs: Annotated[int, typer.Option(min=1)] = 2,
     batch_size: BatchSize = 64,
     learning_rate: LearningRate = None,
@@ -94,6 +98,8 @@ def train(
         accumulate=accumulate,
         patience=patience,
         folds=folds,
+        layers=layers,
+        hidden_size=hidden_size,
     )
     result = run(data, text_column, label_column, out, settings, save_every=save_every, log_dir=log_dir)
     report(result, as_json, _show_training)
@@ -105,6 +111,8 @@ def pretrain(
     out: Annotated[Path, typer.Option("-o", "--output", help="The folder to write, for `aisle train --model`.")],
     text_column: TextColumn = "text",
     model: Model = "scratch",
+    layers: Layers = 4,
+    hidden_size: HiddenSize = 256,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: BatchSize = 64,
     learning_rate: LearningRate = None,
@@ -120,7 +128,15 @@ def pretrain(
     from aisle.train.settings import Settings
 
     settings = Settings(
-        model, epochs, batch_size, learning_rate, max_tokens=max_tokens, accumulate=accumulate, seed=seed
+        model,
+        epochs,
+        batch_size,
+        learning_rate,
+        max_tokens=max_tokens,
+        accumulate=accumulate,
+        seed=seed,
+        layers=layers,
+        hidden_size=hidden_size,
     )
     result = run(data, text_column, out, settings, save_every=save_every, log_dir=log_dir)
     report(result, as_json, lambda r: say(f"{out}: {r['epochs'][-1]['accuracy']:.1%} of the masked words guessed"))
@@ -174,6 +190,113 @@ def ablate(
     techniques = tuple(technique or NAMES)
     result = run(data, text_column, label_column, out, settings, rows=rows, seeds=seeds, techniques=techniques)
     report(result, as_json, lambda r: show_rows(COLUMNS, r["techniques"]))
+
+
+@app.command()
+def distil(
+    teachers: Annotated[list[Path], typer.Argument(metavar="TEACHER…", help="Checkpoints; several teach together.")],
+    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    unlabelled: Annotated[
+        list[Path] | None, typer.Option(help="A table of further texts; give it once for each.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of the student.", show_default="half of the teacher's")
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the student.", show_default="the teacher's")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face BERT to start from, or 'scratch': from the teacher's layers.")
+    ] = "scratch",
+    temperature: Annotated[float, typer.Option(min=0.1, help="Softens the teachers' probabilities.")] = 2.0,
+    label_weight: Annotated[float, typer.Option(min=0, max=1, help="Of the labels beside the teachers.")] = 0.5,
+    hidden_weight: Annotated[float, typer.Option(min=0, help="Of the hidden states' error; 0: not compared.")] = 1.0,
+    prune: Annotated[bool, typer.Option(help="Drop the pieces of the vocabulary that no text holds.")] = True,
+    epochs: Annotated[int, typer.Option(min=1)] = 6,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = None,
+    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    class_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
+    ] = 0.0,
+    augment: Annotated[
+        list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")
+    ] = None,
+    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")] = 0.3,
+    class_floor: Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")] = 0,
+    accumulate: Accumulate = 1,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")] = 2,
+    seed: int = 0,
+    save_every: SaveEvery = None,
+    log_dir: LogDir = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a smaller classifier to answer as large ones do; measured on the same held-out fifth."""
+    from aisle.train.distil import Plan
+    from aisle.train.distil import distil as run
+    from aisle.train.settings import Settings
+
+    settings = Settings(
+        model=model,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        seed=seed,
+        augment=tuple(augment or ()),
+        augment_rate=augment_rate,
+        class_floor=class_floor,
+        class_weight=class_weight,
+        accumulate=accumulate,
+        patience=patience,
+    )
+    plan = Plan(layers, hidden_size, temperature, label_weight, hidden_weight, prune)
+    result = run(
+        teachers,
+        data,
+        text_column,
+        label_column,
+        out,
+        settings,
+        plan,
+        extra=unlabelled or (),
+        save_every=save_every,
+        log_dir=log_dir,
+    )
+    report(result, as_json, _show_distillation)
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `aisle train` or `aisle distil` made.")],
+    data: Annotated[list[Path], typer.Option(help="A table of the texts to come; give it once for each.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
+    text_column: TextColumn = "text",
+    least: Annotated[int, typer.Option(min=1, help="Keep a piece that occurs so often; characters always stay.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Drop what the texts do not use from a checkpoint's vocabulary; with --least 1 they are answered as before."""
+    from aisle.train.prune import prune as run
+
+    report(run(checkpoint, data, text_column, out, least), as_json, _show_pruning)
+
+
+def _show_distillation(result: dict[str, Any]) -> None:
+    show_metrics(result)
+    taught, sizes = result["teachers"], result["parameters"]
+    stdout.print(f"the teachers: accuracy {taught['accuracy']:.4f}, macro-F1 {taught['macro_f1']:.4f}")
+    stdout.print(f"{sizes['student'] / 1e6:.1f} million parameters of the first teacher's {sizes['teacher'] / 1e6:.1f}")
+
+
+def _show_pruning(result: dict[str, Any]) -> None:
+    pieces, weights = result["vocabulary"], result["bytes"]
+    stdout.print(f"{pieces['after']} pieces of {pieces['before']}")
+    stdout.print(f"{weights['after'] / 1e6:.1f} MB of {weights['before'] / 1e6:.1f}")
+    rows = result["rows"]["held_out"]
+    stdout.print(f"agreement {result['agreement']:.2%}, accuracy {result['accuracy']:.4f} on {rows} held-out texts")
 
 
 def _show_training(result: dict[str, Any]) -> None:
