@@ -5,10 +5,7 @@ The held-out fifth is not looked at, as in a search: a technique that is chosen 
 
 from __future__ import annotations
 
-import json
-import math
 import random
-import statistics
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.report import Page
 from aisle.train.data import Split, split
 from aisle.train.evaluation_report import BLUE, GREY
+from aisle.train.experiment import FIGURES, begin, summarize, write
 from aisle.train.fit import Hooks
 from aisle.train.processes import processes
 from aisle.train.settings import Settings
@@ -31,7 +29,6 @@ from aisle.train.train import learn, measure
 
 NAMES = ("none", *TECHNIQUES, "floor", "mixup", "all")
 MIXUP = 0.2  # of the beta distribution (Zhang et al. 2018 advise 0.1 to 0.4)
-FIGURES = ("macro_f1", "accuracy")
 COLUMNS = {
     "technique": "technique",
     "macro_f1": "macro-F1",
@@ -76,7 +73,7 @@ def ablate(
         "rows": {"train": min(rows, len(whole.train.texts)), "measured": len(whole.validation.texts)},
         "settings": asdict(settings),
     }
-    runs = _begin(out, about)
+    runs = begin(out / "ablation.json", about)
     done = {(run["technique"], run["seed"]) for run in runs}
     with processes() as team, tempfile.TemporaryDirectory() as scratch:
         if team.count > 1:
@@ -92,8 +89,10 @@ def ablate(
                 run = {"technique": technique, "seed": seed, **{name: metrics[name] for name in FIGURES}}
                 say(", ".join(f"{name} {run[name]:.4f}" for name in FIGURES))
                 runs.append(run)
-                _write(out / "ablation.json", {**about, "runs": runs, "techniques": summarize(runs)})
-    result = {**about, "runs": runs, "techniques": summarize(runs)}
+                write(
+                    out / "ablation.json", {**about, "runs": runs, "techniques": summarize(runs, "technique", "none")}
+                )
+    result = {**about, "runs": runs, "techniques": summarize(runs, "technique", "none")}
     _page(result).write(out / "report.html")
     return result
 
@@ -114,48 +113,6 @@ def with_technique(settings: Settings, technique: str, parts: Split) -> Settings
         return replace(settings, mixup=MIXUP)
     augment = {"none": (), "all": tuple(TECHNIQUES)}.get(technique, (technique,))
     return replace(settings, augment=augment)
-
-
-def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each technique's mean figures, what it added to them, and the standard error of that, the best first.
-
-    The error is None where there is but one seed.
-    """
-    plain = {run["seed"]: run for run in runs if run["technique"] == "none"}
-    rows = []
-    for technique in dict.fromkeys(run["technique"] for run in runs):
-        own = [run for run in runs if run["technique"] == technique]
-        row = {"technique": technique, "seeds": len(own)}
-        for name in FIGURES:
-            added = [run[name] - plain[run["seed"]][name] for run in own]
-            row[name] = statistics.fmean(run[name] for run in own)
-            row[f"added_{name}"] = statistics.fmean(added)
-            row[f"error_{name}"] = statistics.stdev(added) / math.sqrt(len(added)) if len(added) > 1 else None
-        rows.append(row)
-    return sorted(rows, key=lambda row: -row["added_macro_f1"])
-
-
-def _begin(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that an earlier start left in `out`."""
-    file = out / "ablation.json"
-    about = json.loads(json.dumps(about))  # as it is read again: a tuple becomes a list
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(file.read_text("utf-8")) if file.exists() else {**about, "runs": []}
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{file} is damaged; remove it") from None
-    if any(earlier.get(name) != value for name, value in about.items()):
-        raise InputError(f"{out} holds an ablation on other data or from other settings; choose another folder")
-    runs: list[dict[str, Any]] = earlier["runs"]
-    return runs
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    beside.replace(path)
 
 
 def _page(result: dict[str, Any]) -> Page:

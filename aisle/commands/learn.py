@@ -193,6 +193,30 @@ def ablate(
 
 
 @app.command()
+def study(
+    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the study; it goes on from there.")],
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1)] = 4,
+    pretraining_epochs: Annotated[int, typer.Option(min=1)] = 8,
+    max_tokens: MaxTokens = 128,
+    augment: Annotated[list[str] | None, typer.Option(help="The techniques of the step with augmentation.")] = None,
+    class_floor: Annotated[int, typer.Option(min=0, help="Likewise: repeat rows of rarer categories.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what pretraining, augmentation, distillation and INT8 bring on a table, over several seeds."""
+    from aisle.train.settings import Settings
+    from aisle.train.study import COLUMNS
+    from aisle.train.study import study as run
+
+    settings = Settings(epochs=epochs, max_tokens=max_tokens, augment=tuple(augment or ()), class_floor=class_floor)
+    result = run(data, text_column, label_column, out, settings, pretraining_epochs=pretraining_epochs, seeds=seeds)
+    report(result, as_json, lambda r: show_rows(COLUMNS, r["steps"]))
+
+
+@app.command()
 def distil(
     teachers: Annotated[list[Path], typer.Argument(metavar="TEACHER…", help="Checkpoints; several teach together.")],
     data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
