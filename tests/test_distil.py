@@ -11,13 +11,15 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from aisle.errors import InputError
+from aisle.loadtest.frontier import judge
 from aisle.preprocess.clean import Table
 from aisle.preprocess.encode import Encoder
 from aisle.train.checkpoint import load_model, read_labels, write_json
 from aisle.train.data import is_held_out, split
 from aisle.train.distil import Apprentice, Distillation, Plan, Teachers, distil, spaced, student_of
-from aisle.train.evaluate import logits_of
+from aisle.train.evaluate import evaluate, logits_of
 from aisle.train.model import SPECIAL
+from aisle.train.pretrain import unlabelled
 from aisle.train.processes import processes
 from aisle.train.prune import needed, prune_vocabulary, shrink
 from aisle.train.settings import Settings
@@ -182,7 +184,7 @@ def test_a_student_may_start_from_another_bert(teacher: Path, fruit: Path, tmp_p
 def test_a_stopped_distillation_goes_on(
     teacher: Path, fruit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = Settings(epochs=2, batch_size=8, augment=("swap",))
+    told = Settings(epochs=1, batch_size=8, augment=("swap",))
     validate = Distillation.validate
 
     def stop(*_: Any) -> None:
@@ -285,12 +287,43 @@ def test_the_command_writes_a_checkpoint_that_answers_as_before(checkpoint: Path
     assert result["vocabulary"]["after"] < result["vocabulary"]["before"]
     assert result["bytes"]["after"] < result["bytes"]["before"]
     assert 0 < result["agreement"] <= 1
-    texts = [line.split(",")[0] for line in few.read_text("utf-8").splitlines()[1:50] if not is_held_out(line)]
-    logits = [
+    texts = list(unlabelled([few], "text"))[:50]
+    before, after = (
         logits_of(load_model(folder), Encoder(folder / "tokenizer.json").tokens(texts), "")
         for folder in (checkpoint, tmp_path / "pruned")
-    ]
-    assert logits[0].shape == logits[1].shape
+    )
+    assert (before == after).all()
     training = json.loads((tmp_path / "pruned" / "training.json").read_text())
     assert training["pruning"]["least"] == 1
     assert training["settings"]["epochs"] == 8
+
+
+def test_the_frontier_is_measured_through_triton(checkpoint: Path, sample: Path, tmp_path: Path) -> None:
+    page = tmp_path / "frontier.html"
+    told = ["--precision", "fp32", "--seconds", "0.5", "--data", sample, "-o", page, "--json"]
+    done = aisle("frontier", checkpoint, *told)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (row,) = result["rows"]
+    served = evaluate(sample, "text", "category", checkpoint=checkpoint, held_out=True)
+    assert row["accuracy"] == pytest.approx(served["accuracy"], abs=0.002)
+    assert row["macro_f1"] == pytest.approx(served["macro_f1"], abs=0.005)
+    assert result["held_out_texts"] == served["rows"]
+    assert row["texts_per_second"] > 0
+    assert row["best"]
+    assert json.loads(page.with_suffix(".json").read_text()) == result
+    assert "<svg" in page.read_text()
+
+
+def test_an_engine_is_on_the_frontier_unless_another_beats_it() -> None:
+    figures = [(100, 0.9), (200, 0.8), (100, 0.8), (50, 0.9), (200, 0.8)]
+    rows = judge([{"texts_per_second": speed, "accuracy": right} for speed, right in figures] + [{"gate": "FAILED"}])
+    assert [row.get("best") for row in rows] == [True, True, False, False, True, None]
+    assert rows[1]["speedup"] == 2
+
+
+def test_a_frontier_needs_a_table_that_its_checkpoints_know(checkpoint: Path, fruit: Path, tmp_path: Path) -> None:
+    done = aisle("frontier", checkpoint, "--data", fruit, "-o", tmp_path / "page.html")
+    assert done.returncode == 2
+    assert "'水果' of" in done.stderr
+    assert not list(tmp_path.iterdir())

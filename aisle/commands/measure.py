@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics
+from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics, show_rows
 from aisle.console import stdout
 from aisle.errors import InputError
 
@@ -44,6 +44,46 @@ def evaluate(
         report=page,
     )
     report(result, as_json, _show_evaluation)
+
+
+@app.command()
+def frontier(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT…", help="As teacher and students.")],
+    data: Annotated[Path, typer.Option(help="The training table; its held-out fifth is sent.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The page to write; a .json goes beside it.")] = Path(
+        "loadtest/report/frontier.html"
+    ),
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Give it once for each.", show_default="int8 and 16-bit floats")
+    ] = None,
+    callers: Annotated[int, typer.Option(min=1, max=8, help="Streams of texts at once.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each engine's throughput is measured.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """Build and serve checkpoints in several precisions: which is most accurate at which throughput."""
+    from aisle.loadtest.frontier import frontier as run
+
+    result = run(
+        checkpoints,
+        data,
+        text_column,
+        label_column,
+        out,
+        precisions=precision or (),
+        callers=callers,
+        seconds=seconds,
+    )
+    report(result, as_json, _show_frontier)
+
+
+def _show_frontier(result: dict[str, Any]) -> None:
+    from aisle.loadtest.frontier import COLUMNS
+
+    shown = ("checkpoint", "precision", "megabytes", "accuracy", "macro_f1", "texts_per_second", "best")
+    rows = [{**row, "best": "yes" if row.get("best") else ""} for row in result["rows"]]
+    show_rows({name: COLUMNS[name] for name in shown}, rows)
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:
