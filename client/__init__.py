@@ -3,6 +3,7 @@
 from aisle.client.aio import AsyncClassifier
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Prediction, Unavailable
+from aisle.client.traffic import TrafficLog
 
 __all__ = [
     "TLS",
@@ -12,5 +13,6 @@ __all__ = [
     "Failure",
     "InvalidText",
     "Prediction",
+    "TrafficLog",
     "Unavailable",
 ]

@@ -57,7 +57,10 @@ class AsyncClassifier(Connection):
         result = await self._retrying(
             lambda: self._client.infer(MODEL, tensors, self._version, OUTPUTS, client_timeout=self._timeout)
         )
-        return predictions(result)
+        answers = predictions(result)
+        if self._log:
+            self._log.record(texts, answers)
+        return answers
 
     async def _retrying(self, call: Any) -> Any:
         for attempt in itertools.count():

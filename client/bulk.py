@@ -41,7 +41,7 @@ def classify_file(
     start = time.perf_counter()
     file_format(out)  # a name that cannot be written is better known now
     columns, total = _survey(source, text_column)
-    classifier.classify(["probe"], top_k)  # so is a server that cannot be reached, or has fewer categories
+    classifier.probe(top_k)  # so is a server that cannot be reached, or has fewer categories
     partial = out.with_name(out.name + ".partial")
     job = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column, "top_k": top_k}
     done = _resume(partial, job)

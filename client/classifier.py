@@ -76,6 +76,10 @@ class Classifier(Connection):
         for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request_each):
             yield from batch
 
+    def probe(self, top_k: int = 1) -> None:
+        """Ask what leaves no trace in the log: raises as `classify` does, InvalidText if there are fewer categories."""
+        self._ask(["probe"], top_k)
+
     @property
     def max_batch(self) -> int:
         """How many texts the server takes in one request."""
@@ -99,6 +103,12 @@ class Classifier(Connection):
                 future.cancel()
 
     def _request(self, texts: list[Text], top_k: int) -> list[Prediction]:
+        answers = self._ask(texts, top_k)
+        if self._log:
+            self._log.record(texts, answers)
+        return answers
+
+    def _ask(self, texts: list[Text], top_k: int) -> list[Prediction]:
         tensors = inputs(texts, top_k)
         return predictions(
             self._retrying(

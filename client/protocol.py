@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
 
 from aisle.errors import InputError, ServerError
+
+if TYPE_CHECKING:
+    from aisle.client.traffic import TrafficLog
 
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
@@ -135,6 +138,7 @@ class Connection:
         retries: int = 4,
         tls: TLS | None = None,
         model_version: str = "",
+        log: TrafficLog | None = None,
     ) -> None:
         """Name the server; the first call connects.
 
@@ -144,6 +148,7 @@ class Connection:
             retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
             tls: encrypt the connection.
             model_version: the version to ask for; by default the server's latest.
+            log: gets a line for each answer; whoever opened it closes it.
 
         Raises:
             InputError: a file of `tls` is missing.
@@ -151,6 +156,7 @@ class Connection:
         self._timeout = timeout
         self._retries = retries
         self._version = model_version
+        self._log = log
         self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
         self._max_batch: int | None = None
 

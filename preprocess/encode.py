@@ -39,6 +39,10 @@ class Encoder:
         """Write the tokenizer with its limit as tokenizer.json."""
         self._tokenizer.save(str(path))
 
+    def entries(self) -> list[str]:
+        """Return the vocabulary."""
+        return list(self._tokenizer.get_vocab())
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]

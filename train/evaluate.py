@@ -189,7 +189,7 @@ def largest_top_k(classifier: Classifier, wanted: int) -> int:
     """Return `wanted`, or how many categories the server has if they are fewer: it refuses to name more."""
     for k in range(wanted, 1, -1):
         try:
-            classifier.classify(["1"], k)
+            classifier.probe(k)
         except InvalidText:
             continue
         return k

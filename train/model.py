@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from aisle.errors import InputError
+from aisle.train.checkpoint import read_labels
 from aisle.train.settings import Settings
 
 VOCABULARY = 12000
@@ -87,8 +91,25 @@ def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
-    """Load a BERT and its fast tokenizer with a new classifier on top; the errors are those of `load_bert`."""
-    return load_bert(BertForSequenceClassification, name, max_tokens, dropout, **label_names(labels))
+    """Load a BERT and its fast tokenizer with a classifier on top; the errors are those of `load_bert`.
+
+    The classifier is new; of a checkpoint, it keeps the rows of the categories that it knows.
+    """
+    model, tokenizer = load_bert(BertForSequenceClassification, name, max_tokens, dropout, **label_names(labels))
+    if (Path(name) / "labels.json").is_file():
+        _keep_known(model, Path(name), labels)
+    return model, tokenizer
+
+
+def _keep_known(model: Any, checkpoint: Path, labels: Sequence[str]) -> None:
+    """Give the classifier what the checkpoint's has for the categories of the same name."""
+    before = {label: i for i, label in enumerate(read_labels(checkpoint))}
+    known = [i for i, label in enumerate(labels) if label in before]
+    weights = load_file(checkpoint / "model.safetensors")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            rows = weights[f"classifier.{name}"][[before[labels[i]] for i in known]]
+            getattr(model.classifier, name)[known] = rows.to(model.dtype)
 
 
 def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **more: Any) -> tuple[Any, Tokenizer]:
@@ -103,7 +124,11 @@ def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **m
             raise InputError(f"{name} is a {config.model_type!r} model; give a BERT")
         if config.max_position_embeddings < max_tokens:
             raise InputError(f"{name} reads {config.max_position_embeddings} tokens at most; lower --max-tokens")
-        tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+        own = Path(name) / "tokenizer.json"
+        if own.is_file() and not own.with_name("tokenizer_config.json").is_file():
+            tokenizer = Tokenizer.from_file(str(own))  # a checkpoint's; transformers would make up another
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
         model = architecture.from_pretrained(
             name,
             hidden_dropout_prob=dropout,

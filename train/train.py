@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from aisle.console import say
-from aisle.preprocess.clean import clean_rows
+from aisle.preprocess.clean import CleaningReport, Table, clean_rows
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.train.calibrate import fit_temperature
@@ -51,12 +51,26 @@ def train(
     Raises:
         InputError: the table cannot be learnt from, or the model cannot be loaded.
     """
-    start = time.perf_counter()
     check_replaceable(out, "training.json")
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column))
-    parts = split(table)
     made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
+    return train_table(table, cleaning, made_from, out, settings, save_every=save_every, log_dir=log_dir)
+
+
+def train_table(
+    table: Table,
+    cleaning: CleaningReport,
+    made_from: dict[str, Any],
+    out: Path,
+    settings: Settings,
+    *,
+    save_every: int | None = None,
+    log_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Train on a cleaned table, as `train` does; `made_from` names where it is from, in training.json."""
+    start = time.perf_counter()
+    parts = split(table)
     with processes() as team, working_folder(out, identity(settings, made_from, team), first=team.first) as work:
         say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
         spread = {}

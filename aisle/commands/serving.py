@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,13 +46,20 @@ def classify(
     top_k: TopK = 1,
     text_column: TextColumn = "text",
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 10.0,
+    log: Annotated[Path | None, typer.Option(help="Append what was answered, for `aisle drift`; no texts.")] = None,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Log the texts too, for `aisle review`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Classify texts, or every row of a file; a stopped file goes on where it was."""
-    from aisle.client import Classifier
+    from aisle.client import Classifier, TrafficLog
     from aisle.client.bulk import classify_file
 
-    with Classifier(url, timeout=timeout) as classifier:
+    if keep_text and log is None:
+        raise InputError("--keep-text is about a log; say with --log where it is")
+    with (
+        TrafficLog(log, keep_text) if log else nullcontext() as traffic,
+        Classifier(url, timeout=timeout, log=traffic) as classifier,
+    ):
         if out is not None:
             if len(what) != 1:
                 raise InputError("-o takes one file at a time")

@@ -1,0 +1,451 @@
+"""Traffic log, drift, review and retraining, on a shop of three categories whose titles the tests make themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aisle.client import AsyncClassifier, Classifier, Prediction, TrafficLog
+from aisle.errors import InputError
+from aisle.preprocess import vocabulary
+from aisle.preprocess.encode import Encoder
+from aisle.train import drift as drifting
+from aisle.train.calibrate import softmax
+from aisle.train.checkpoint import load_model, read_labels
+from aisle.train.data import is_held_out
+from aisle.train.drift import drift
+from aisle.train.evaluate import logits_of
+from aisle.train.model import from_pretrained
+from aisle.train.retrain import read_corrections, retrain
+from aisle.train.review import Candidate, choose, review
+from aisle.train.train import Settings, train
+
+from .conftest import Server, aisle
+
+GOODS = {
+    "食品 > 水果": ("红富士苹果", "赣南脐橙", "丹东草莓", "海南芒果", "fresh kiwi fruit"),
+    "食品 > 零食": ("每日坚果", "手撕面包", "麻辣牛肉干", "原味薯片", "chocolate cookies"),
+    "数码 > 配件": ("苹果手机壳", "蓝牙耳机", "钢化膜 防摔", "数据线", "usb c cable"),
+}
+EXTRAS = ("顺丰包邮", "新鲜现货", "送礼佳品", "大促", "官方正品", "best price", "free shipping", "限时特价")
+
+
+def titles(count: int, seed: int, mix: Sequence[float] = (0.4, 0.3, 0.3)) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    categories = rng.choices(list(GOODS), mix, k=count)
+    return [
+        (f"{rng.choice(EXTRAS)} {rng.choice(GOODS[each])} {rng.randint(1, 999)}件 {rng.choice(EXTRAS)}", each)
+        for each in categories
+    ]
+
+
+def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    path.write_text("text,category\n" + "".join(f"{text},{label}\n" for text, label in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("shop") / "titles.csv", titles(900, 0))
+
+
+@pytest.fixture(scope="module")
+def shop(table: Path) -> Path:
+    """A checkpoint of the shop's titles."""
+    out = table.with_name("checkpoint")
+    train(table, "text", "category", out, Settings(epochs=3, batch_size=32, max_tokens=32))
+    return out
+
+
+@pytest.fixture(scope="module")
+def answer(shop: Path) -> Any:
+    """What a server would answer."""
+    model, encoder, labels = load_model(shop), Encoder(shop / "tokenizer.json"), read_labels(shop)
+
+    def answers(texts: Sequence[str], top_k: int = 2) -> list[Prediction]:
+        probabilities = softmax(logits_of(model, encoder.tokens(texts), ""))
+        best = np.argsort(-probabilities, axis=1)[:, :top_k]
+        return [
+            Prediction(tuple(labels[i] for i in row), tuple(float(each[i]) for i in row))
+            for row, each in zip(best.tolist(), probabilities, strict=True)
+        ]
+
+    return answers
+
+
+def log_of(path: Path, texts: Sequence[str], answer: Any, keep_text: bool = False) -> Path:
+    with TrafficLog(path, keep_text) as log:
+        log.record(texts, answer(texts))
+    return path
+
+
+def measures(found: list[dict[str, Any]]) -> set[str]:
+    return {each["measure"] for each in found}
+
+
+def test_traffic_like_the_training_data_is_no_reason(shop: Path, answer: Any, tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log.jsonl", [text for text, _ in titles(1500, 7)], answer)
+    result = drift(shop, log)
+    assert result["retrain"] is False
+    assert result["reasons"] == []
+    assert result["rows"] == 1500
+    assert result["measures"].keys() == drifting.RULES.keys()
+    assert result["measures"]["accuracy"]["live"] == pytest.approx(result["measures"]["accuracy"]["reference"], abs=0.1)
+    assert len(result["windows"]) == 1500 // drifting.LEAST_WINDOW
+
+
+def test_another_mix_of_categories_is_a_reason(shop: Path, answer: Any, tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log.jsonl", [text for text, _ in titles(1000, 7, (0.05, 0.05, 0.9))], answer)
+    result = drift(shop, log, report=tmp_path / "page.html")
+    assert result["retrain"] is True
+    assert "label_mix" in measures(result["reasons"])
+    assert "out_of_vocabulary" not in measures(result["reasons"] + result["watch"])
+    reason = next(each["reason"] for each in result["reasons"] if each["measure"] == "label_mix")
+    assert "数码 > 配件" in reason
+    assert result["measures"]["label_mix"]["jensen_shannon"] > 0.1
+    html = (tmp_path / "page.html").read_text("utf-8")
+    assert "Retrain " in html
+    assert html.count("<svg") == 3
+
+
+FOREIGN = ("наушники беспроводные", "чехол для телефона", "яблоки свежие", "печенье шоколадное")
+
+
+def test_foreign_words_are_a_reason(shop: Path, answer: Any, tmp_path: Path) -> None:
+    """They come with the last two thirds of the log, and the reason says so."""
+    rng = random.Random(3)
+    usual = [text for text, _ in titles(500, 8)]
+    foreign = [f"{rng.choice(FOREIGN)} {rng.choice(FOREIGN)} {rng.randint(1, 99)}" for _ in range(1000)]
+    log = tmp_path / "log.jsonl"
+    with TrafficLog(log, keep_text=True) as traffic:
+        for texts in (usual, foreign):
+            traffic.record(texts, answer(texts))
+    # as if the texts had come a minute apart
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    answered = [row for row in rows if "category" in row]
+    for minute, row in enumerate(answered):
+        row["time"] = f"2026-11-{1 + minute // 1440:02}T{minute % 1440 // 60:02}:{minute % 60:02}:00Z"
+    log.write_text("".join(json.dumps(row) + "\n" for row in answered))
+
+    result = drift(shop, log)
+    assert result["retrain"] is True
+    assert "out_of_vocabulary" in measures(result["reasons"])
+    assert "wording" in measures(result["reasons"])
+    told = result["measures"]["out_of_vocabulary"]
+    assert told["reference"] < 0.02
+    assert 0.3 < told["live"] <= 1
+    since = {each["measure"]: each["since"] for each in result["reasons"]}
+    assert since["wording"] is not None
+    assert since["wording"] > "2026-11-01 03:00"
+
+    recent = drift(shop, log, days=1)  # the log is 25 hours long
+    assert recent["rows"] == 1441
+    assert recent["from"] == "2026-11-01 00:59 UTC"
+
+
+def test_words_are_counted_without_texts(shop: Path, answer: Any, tmp_path: Path) -> None:
+    """A log without texts tells of new words what one with texts does, and holds none of them."""
+    texts = [text for text, _ in titles(400, 9)] + [f"{FOREIGN[i % 4]} {i}" for i in range(400)]
+    found = []
+    for keep_text in (False, True):
+        log = log_of(tmp_path / f"{keep_text}.jsonl", texts, answer, keep_text)
+        if keep_text:
+            kept = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+            log.write_text("".join(json.dumps(row) + "\n" for row in kept if "words" not in row))
+            assert kept[0]["text"] == texts[0]
+        found.append(drift(shop, log)["measures"])
+    for name in ("out_of_vocabulary", "wording"):
+        assert found[0][name]["value"] == pytest.approx(found[1][name]["value"], rel=1e-6)
+    bare = (tmp_path / "False.jsonl").read_text("utf-8")
+    assert "苹果手机壳" not in bare
+    assert "чехол" not in bare
+    rows = [json.loads(line) for line in bare.splitlines()]
+    assert rows[0].keys() == {"time", "category", "confidence", "category_2", "confidence_2", "length"}
+    assert rows[-1].keys() == {"time", "texts", "words"}
+    assert rows[-1]["texts"] == 800
+
+
+def test_the_share_of_new_words_is_estimated_through_the_buckets() -> None:
+    """Half of the buckets are taken, so half of the new words go unseen; the estimate makes up for that."""
+    entries = [f"known{i}" for i in range(45000)]
+    letters = "abcdefghij"
+    counting = drifting.Counting(entries)
+    counts = vocabulary.count([" ".join("new" + "".join(letters[int(c)] for c in str(i)) for i in range(4000))])
+    counts += vocabulary.count(["apple"])
+    words = counting(0, 1, counts)
+    assert words.words == 4001
+    assert words.unknown == pytest.approx(4000, rel=0.06)
+
+
+def test_words_are_cut_as_bert_cuts_them() -> None:
+    assert vocabulary.words("红富士Apple iPhone15 Café 500ml №7 ёлка") == [
+        *"红富士",
+        *("apple", "iphone", "cafe", "ml", "елка"),
+    ]
+
+
+def test_rare_categories_are_compared_by_their_department() -> None:
+    counts = drifting.Counter({"a > b > c": 900, "a > b > d": 3, "a > e > f": 4, "g > h": 2, "i": 1})
+    cell = drifting.pool(counts, [*counts, "a > x > y"], 1000)
+    assert cell["a > b > c"] == "a > b > c"
+    assert cell["g > h"] == cell["i"] == "…"
+    assert cell["a > b > d"] == cell["a > e > f"] == cell["a > x > y"] == "a > …"
+
+
+def test_stability_and_chance() -> None:
+    """By hand, without chance; and two samples of one mix differ by chance alone."""
+    big = 10**9
+    expected = (0.5 - 0.25) * np.log(0.5 / 0.25) + (0.5 - 0.75) * np.log(0.5 / 0.75)
+    assert drifting.stability(np.array([big, 3 * big]), np.array([big, big])) == pytest.approx(expected)
+    draw = np.random.default_rng(0)
+    mix = np.full(60, 1 / 60)
+    found = [drifting.stability(draw.multinomial(2000, mix), draw.multinomial(300, mix)) for _ in range(50)]
+    assert max(found) < 0.15
+    assert np.mean(found) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([{"category": "食品 > 水果", "confidence": 0.5}] * 20, "20 answers are too few"),
+        ([{"category": "汽车", "confidence": 0.5}] * 300, "row 1: category '汽车' is unknown"),
+        ([{"category": "食品 > 水果", "confidence": "much"}], "row 1: confidence 'much'"),
+        ([{"category": "食品 > 水果", "confidence": 1.5}], "row 1: confidence 1.5"),
+        ([{"time": "noon", "category": "食品 > 水果", "confidence": 0.5}], "row 1: time 'noon'"),
+        ([{"time": "2026-11-24T08:00:00Z", "texts": 3, "words": {"x": 1}}], "row 1: damaged counts"),
+        ([{"text": "苹果"}], "no column 'category'"),
+        ([{"category": None, "confidence": None, "error": "empty"}], "no row with a category"),
+        ([], "no row with a category"),
+    ],
+)
+def test_logs_that_cannot_be_judged(shop: Path, tmp_path: Path, rows: list[dict[str, Any]], complaint: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=complaint):
+        drift(shop, log)
+
+
+def test_the_log_is_shared_by_threads_and_appended_to(answer: Any, tmp_path: Path) -> None:
+    texts = [text for text, _ in titles(50, 1)]
+    answers = answer(texts)
+    path = tmp_path / "log.jsonl"
+    for _ in range(2):
+        with TrafficLog(path) as log:
+            threads = [threading.Thread(target=log.record, args=(texts, answers)) for _ in range(12)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert sum("category" in row for row in rows) == 1200
+    assert [row["texts"] for row in rows if "words" in row] == [600, 600]
+    assert path.stat().st_mode & 0o077 == 0
+
+    with TrafficLog(path) as log:
+        log.record(texts, answers)  # too few to count the words of
+    assert sum("words" in json.loads(line) for line in path.read_text("utf-8").splitlines()) == 2
+
+
+def test_a_log_that_cannot_be_written(answer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"name it \.jsonl"):
+        TrafficLog(tmp_path / "log.csv")
+    with pytest.raises(InputError, match="cannot write"):
+        TrafficLog(tmp_path / "nowhere" / "log.jsonl")
+    full = tmp_path / "full.jsonl"
+    full.symlink_to("/dev/full")
+    with TrafficLog(full) as log:  # answers are worth more than their log
+        log.record(["苹果"], answer(["苹果"]))
+        log.record(["苹果"], answer(["苹果"]))
+    assert [record.message.partition(":")[0] for record in caplog.records] == [f"cannot write {full}"]
+
+
+def test_personal_data_is_not_kept(answer: Any, tmp_path: Path) -> None:
+    log = log_of(tmp_path / "log.jsonl", ["苹果 联系 13812345678"], answer, keep_text=True)
+    assert json.loads(log.read_text("utf-8"))["text"] == "苹果 联系 电话"
+
+
+def candidate(margin: float, text: str, category: str) -> Candidate:
+    return Candidate(margin, 0, {"text": text, "category": category})
+
+
+def test_review_takes_turns_and_skips_what_is_nearly_equal() -> None:
+    pool = [candidate(i / 100, f"新款 无线 蓝牙 耳机 降噪 超长 待机 {i}", "配件") for i in range(30)]
+    pool += [candidate(0.5, "红富士苹果 一箱", "水果"), candidate(0.6, "海南芒果 五斤", "水果")]
+    chosen = choose(pool, 10)
+    assert [each.row["category"] for each in chosen] == ["配件", "水果", "水果"]
+    assert chosen[0].margin == 0
+    pool.append(candidate(0.7, "钢化膜 全屏覆盖", "配件"))
+    assert [each.margin for each in choose(pool, 2)] == [0, 0.5]
+
+
+def test_review_of_a_log(answer: Any, tmp_path: Path) -> None:
+    texts = [text for text, _ in titles(300, 5)]
+    answers = answer(texts)
+    log = log_of(tmp_path / "log.jsonl", [*texts, texts[0].upper()], answer, keep_text=True)
+    result = review(log, tmp_path / "to_label.csv", rows=12)
+    with (tmp_path / "to_label.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert result["rows"] == len(rows) == 12
+    assert result["skipped"]["duplicate"] >= 1
+    assert {row["correct_category"] for row in rows} == {""}
+    assert max(result["categories"].values()) - min(result["categories"].values()) <= 1
+    margin = {text: each.confidences[0] - each.confidences[1] for text, each in zip(texts, answers, strict=True)}
+    assert min(margin.values()) == pytest.approx(margin[rows[0]["text"]], abs=1e-5)
+    assert float(rows[0]["confidence"]) - float(rows[0]["confidence_2"]) == pytest.approx(
+        min(margin.values()), abs=1e-5
+    )
+
+
+def test_what_cannot_be_reviewed(answer: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    bare = log_of(tmp_path / "bare.jsonl", ["苹果"], answer)
+    with pytest.raises(InputError, match="keeps no texts; log with --keep-text"):
+        review(bare, out, rows=5)
+    with pytest.raises(InputError, match="ask a server for them with --url"):
+        review(write(tmp_path / "a.csv", [("苹果", "水果")]), out, rows=5)
+    with pytest.raises(InputError, match="choose another output"):
+        review(bare, bare, rows=5)
+    (tmp_path / "b.csv").write_text("text,category,confidence\n ,水果,0.5\n苹果,,\n", "utf-8")
+    with pytest.raises(InputError, match=r"no text to review \(1 empty, 1 not answered\)"):
+        review(tmp_path / "b.csv", out, rows=5)
+    assert not out.exists()
+
+
+def corrections(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("text", "category", "correct_category"), *((text, "?", label) for text, label in rows)])
+    return path
+
+
+def test_retraining_learns_the_corrections_and_forgets_nothing(shop: Path, table: Path, tmp_path: Path) -> None:
+    """The shop begins to sell gift boxes; the model has been shown none, and some titles of the table were wrong."""
+    gifts = [(f"礼盒装 {name} 高档木盒 {i}号", "礼品 > 礼盒") for i in range(20) for name in ("坚果", "芒果", "苹果")]
+    rows = titles(900, 0)
+    wrong = [text for text, label in rows if label == "数码 > 配件"][:3]
+    filled = corrections(
+        tmp_path / "filled.csv",
+        [*gifts, *((text.upper(), "食品 > 零食") for text in wrong), ("不知道 是什么", "")],
+    )
+    with pytest.raises(InputError, match=r"60 correction\(s\) to '礼品 > 礼盒'.*--new-categories"):
+        retrain(shop, table, [filled], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+    result = retrain(shop, table, [filled], tmp_path / "new", epochs=2, new_categories=True)
+    assert result["corrections"] == {
+        "rows": 63,
+        "in_table": 3,
+        "added": 60,
+        "blank": 1,
+        "new_categories": ["礼品 > 礼盒"],
+    }
+    unseen = sum(is_held_out(text) for text, _ in gifts)
+    assert result["corrections_unseen"]["rows"] in range(unseen, unseen + 4)
+    assert result["corrections_unseen"]["old_right"] == 0
+    assert result["corrections_unseen"]["new_right"] >= 0.8 * unseen
+    learnt = result["corrections_learnt"]
+    assert learnt["new_right"] > learnt["old_right"]
+    held_out = result["held_out"]
+    assert held_out["new"]["accuracy"] >= held_out["old"]["accuracy"]
+    assert held_out["only_new_right"] - held_out["only_old_right"] == round(
+        (held_out["new"]["accuracy"] - held_out["old"]["accuracy"]) * held_out["rows"]
+    )
+    training = json.loads((tmp_path / "new" / "training.json").read_text("utf-8"))
+    assert training["data"]["corrections"][0]["file"] == "filled.csv"
+    assert training["data"]["columns"] == ["text", "category"]
+    assert read_labels(tmp_path / "new") == sorted([*GOODS, "礼品 > 礼盒"])
+    vocabularies = [set(Encoder(each / "tokenizer.json").entries()) for each in (shop, tmp_path / "new")]
+    assert vocabularies[0] == vocabularies[1]
+    assert (tmp_path / "new" / "sample.jsonl").is_file()
+
+
+def test_a_checkpoint_is_trained_further_with_its_own_tokenizer_and_classifier(shop: Path) -> None:
+    labels = read_labels(shop)
+    model, tokenizer = from_pretrained(str(shop), ["新", *reversed(labels)], 32, 0.1)
+    before = load_model(shop)
+    assert model.classifier.weight[1:].tolist() == before.classifier.weight.flip(0).tolist()
+    assert model.classifier.bias[1:].tolist() == before.classifier.bias.flip(0).tolist()
+    text = "海南芒果 usb c cable 官方正品"
+    assert tokenizer.encode(text).ids == Encoder(shop / "tokenizer.json").tokens([text])[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([("苹果", ""), ("梨", " ")], "nothing is filled in"),
+        ([("苹果", "a"), ("苹果！", "b")], "rows 1 and 2 correct equal texts to 'a' and 'b'"),
+        ([("苹果", "a"), (" ", "b")], "row 2: text is empty"),
+    ],
+)
+def test_corrections_that_cannot_be_used(tmp_path: Path, rows: list[tuple[str, str]], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        read_corrections([corrections(tmp_path / "a.csv", rows)])
+
+
+def test_the_later_table_of_corrections_counts(tmp_path: Path) -> None:
+    tables = [corrections(tmp_path / f"{label}.csv", [("苹果", label)]) for label in "ab"]
+    assert [each.label for each in read_corrections(tables).by_content.values()] == ["b"]
+    with pytest.raises(InputError, match="fill in what aisle review wrote"):
+        read_corrections([write(tmp_path / "c.csv", [("苹果", "水果")])])
+
+
+def test_a_slip_of_the_pen_is_named(shop: Path, table: Path, tmp_path: Path) -> None:
+    filled = corrections(tmp_path / "filled.csv", [("苹果 新", "食品 > 水菓")])
+    with pytest.raises(InputError, match="did you mean '食品 > 水果'"):
+        retrain(shop, table, [filled], tmp_path / "new")
+    with pytest.raises(InputError, match="is the old checkpoint"):
+        retrain(shop, table, [filled], shop)
+
+
+def test_adapting_as_people_do_it(server: Server, checkpoint: Path, sample: Path, tmp_path: Path) -> None:
+    """A file is classified and logged, drift is looked for, texts to label are listed."""
+    table, log, answers = tmp_path / "table.csv", tmp_path / "log.jsonl", tmp_path / "answers.jsonl"
+    table.write_text("".join(sample.read_text("utf-8").splitlines(keepends=True)[:600]), "utf-8")
+    done = aisle("classify", table, "-o", answers, "--url", server.url, "--log", log, "--keep-text", "--json")
+    assert done.returncode == 0, done.stderr
+    answered = json.loads(done.stdout)["rows"] - json.loads(done.stdout)["errors"]
+
+    done = aisle("drift", checkpoint, log)
+    assert done.returncode == 0, done.stderr
+    assert "no need to retrain" in done.stdout
+    result = drift(checkpoint, answers)
+    assert result["rows"] == drift(checkpoint, log)["rows"] == answered  # and no probe of the client's own
+    assert not result["retrain"]
+    assert result["measures"].keys() == drifting.RULES.keys()
+
+    done = aisle("review", log, "-o", tmp_path / "a.csv", "--rows", "40", "--json")
+    assert json.loads(done.stdout)["rows"] == 40
+    assert review(table, tmp_path / "b.csv", rows=40, url=server.url)["rows"] == 40
+    assert (
+        (tmp_path / "b.csv").read_text("utf-8").startswith("text,category,confidence,category_2,confidence_2,correct")
+    )
+
+
+def test_both_clients_log(server: Server, tmp_path: Path) -> None:
+    texts = ["红富士苹果", "手机壳"]
+
+    async def ask(log: TrafficLog) -> None:
+        async with AsyncClassifier(server.url, log=log) as classifier:
+            await classifier.classify(texts)
+
+    with TrafficLog(tmp_path / "log.jsonl", keep_text=True) as log:
+        with Classifier(server.url, log=log) as classifier:
+            answers = classifier.classify(texts)
+            list(classifier.stream(["猫粮", "", None]))
+            classifier.probe(2)
+        asyncio.run(ask(log))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [row["text"] for row in rows] == [*texts, "猫粮", *texts]
+    assert [row["category"] for row in rows[:2]] == [each.category for each in answers]
+    done = aisle("classify", "好", "--keep-text", "--url", server.url)
+    assert done.returncode == 2
+    assert "say with --log" in done.stderr
