@@ -6,7 +6,7 @@ CHECKPOINT ?= work/checkpoint
 MODEL ?= $(CHECKPOINT)
 URL ?= localhost:8001
 
-.PHONY: demo test lint train evaluate engine compare serve classify loadtest clean
+.PHONY: demo test lint train evaluate engine compare serve classify loadtest bench clean
 
 demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
 	$(AISLE) demo
@@ -37,6 +37,9 @@ classify: .venv/ready ## FILE=FILE OUT=FILE [URL=HOST:PORT]
 
 loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE
 	$(AISLE) loadtest $(DATA) --url $(URL)
+
+bench: .venv/ready ## [DATA=FILE] [MODEL=DIR]: side by side with others, loadtest/report/bench.html
+	$(AISLE) bench $(if $(DATA),--data $(DATA)) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
 
 clean:
 	rm -rf work model_repository/*/[0-9]*

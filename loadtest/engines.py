@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,114 +23,188 @@ from aisle.loadtest.forms import FlatBert, Texts, flat, padded
 from aisle.preprocess.pack import Packed, pack
 from aisle.train.evaluate import pad
 
-ROUNDS = 5  # the median of so many counts
 BATCHES = (16, 64)  # texts
+ROUNDS = 3
+PYTORCH = "PyTorch fp32, padded to the longest"
+KEPT = "packed rows, int8"  # what `build` compiles
+COLUMNS = {
+    "system": "engine",
+    "batch": "texts a batch",
+    "texts_per_second": "texts/s",
+    "ratio": "× PyTorch",
+}
 Tokens = Sequence[Sequence[int]]
 System = Callable[[Texts], Any]
+Product = Callable[[int], float]  # rows of a matrix to the seconds that its product with a layer's weights takes
 
 
-def measure(model: Any, tokens: Tokens, max_tokens: int, texts: int) -> dict[str, Any]:
+def measure(model: Any, tokens: Tokens, max_tokens: int, rounds: int = ROUNDS) -> dict[str, Any]:
     """Run all engines in turn, round after round, over the same texts in order of arrival.
 
-    Args:
-        tokens: token ids of real texts; the first are measured with, others calibrate.
-        texts: how many are measured with, a round and batch size.
+    A batch's time is its median over the rounds, and an engine's throughput all texts by the sum of these times. As it
+    is slow, PyTorch goes over the texts once in all rounds together, every round over its share of the batches.
 
-    Returns rows of system, batch and texts per second, and how near the INT8 engine comes to the ceiling.
+    Returns rows of engine, batch, texts per second and ratio to PyTorch at the smallest batch; and how near INT8 comes
+    to the ceiling at the largest: the time of the bare int8 matrix products by the time of the engine.
     """
-    systems = _systems(model, tokens[-64:], max_tokens)
-    rows = []
-    for size in BATCHES:
-        batches = [_laid(tokens[i : i + size]) for i in range(0, texts, size)]
-        speeds: dict[str, list[float]] = {name: [] for name in systems}
-        for _ in track(range(ROUNDS), f"batches of {size}"):
-            for name, run in systems.items():
-                few = batches[: max(1, len(batches) // 8)] if name.startswith("PyTorch") else batches
-                run(few[0])
-                start = time.perf_counter()
-                for batch in few:
-                    run(batch)
-                speeds[name].append(sum(len(lengths) for _, lengths in few) / (time.perf_counter() - start))
-        rows += [
-            {"system": name, "batch": size, "texts_per_second": float(np.median(each))} for name, each in speeds.items()
-        ]
-    ceiling = int8_ceiling(model.config, int(np.mean([len(t) for t in tokens[:texts]]) * BATCHES[-1]))
-    best = float(np.median(speeds["packed rows, int8"]))
-    work = float(np.mean([operations(model.config, len(t)) for t in tokens[:texts]]))
+    batches = {size: [_laid(tokens[i : i + size]) for i in range(0, len(tokens), size)] for size in BATCHES}
+    # By engine and batch: the seconds of each round.
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    bare: list[list[float]] = [[] for _ in batches[BATCHES[-1]]]
+    systems, products = _systems(model, max_tokens), int8_products(model.config)
+    for run in systems.values():
+        run(batches[BATCHES[0]][0])  # warm-up
+    for number in track(range(rounds), "rounds of all engines"):
+        for name, run in systems.items():
+            for size, every in batches.items():
+                share = range(number, len(every), rounds) if name == PYTORCH else range(len(every))
+                for i in share:
+                    start = time.perf_counter()
+                    run(every[i])
+                    seconds.setdefault((name, size, i), []).append(time.perf_counter() - start)
+        for times, (_, lengths) in zip(bare, batches[BATCHES[-1]], strict=True):
+            times.append(bare_seconds(model.config, products, lengths))
+    rows: list[dict[str, Any]] = [
+        {
+            "system": name,
+            "batch": size,
+            "texts_per_second": len(tokens) / sum(median(seconds[name, size, i]) for i in range(len(every))),
+        }
+        for size, every in batches.items()
+        for name in systems
+    ]
+    speed = {(row["system"], row["batch"]): row["texts_per_second"] for row in rows}
+    for row in rows:
+        row["ratio"] = row["texts_per_second"] / speed[PYTORCH, BATCHES[0]]
+    ceiling = len(tokens) / sum(map(median, bare))
+    work = sum(operations(model.config, lengths) for _, lengths in batches[BATCHES[-1]]) / len(tokens)
     return {
         "rows": rows,
-        "mean_tokens": float(np.mean([len(t) for t in tokens[:texts]])),
-        "int8_ceiling_gops": ceiling / 1e9,
-        "int8_engine_gops": best * work / 1e9,
-        "share_of_ceiling": best * work / ceiling,
+        "texts": len(tokens),
+        "rounds": rounds,
+        "mean_tokens": float(np.mean([len(text) for text in tokens])),
+        "int8_to_pytorch": max(speed[KEPT, size] for size in BATCHES) / speed[PYTORCH, BATCHES[0]],
+        "int8_to_bf16": speed[KEPT, BATCHES[-1]] / speed["packed rows, bf16", BATCHES[-1]],
+        "ceiling_texts_per_second": ceiling,
+        "ceiling_gops": ceiling * work / 1e9,
+        "share_of_ceiling": speed[KEPT, BATCHES[-1]] / ceiling,
     }
 
 
-def operations(config: Any, tokens: int) -> int:
-    """Return the operations of the matrix products with weights for one text: two a multiplication.
+def shapes(config: Any, lengths: npt.NDArray[np.integer[Any]]) -> list[tuple[int, int, int, int]]:
+    """Return the matrix products with weights of one batch: how many, rows, inner size, columns.
 
-    In the last layer, only query, key and value are computed for more than one token.
+    No padding counts, and of the last layer only query, key and value are computed for more than one token of a text.
     """
-    hidden: int = config.hidden_size
-    up: int = config.intermediate_size
-    rest = hidden * hidden + 2 * hidden * up
-    layers: int = config.num_hidden_layers
-    return 2 * (layers * tokens * 3 * hidden**2 + ((layers - 1) * tokens + 1) * rest)
+    hidden, up, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    every = int(lengths.sum())
+    rest = [(hidden, hidden), (hidden, up), (up, hidden)]
+    return [
+        (layers, every, hidden, 3 * hidden),
+        *((layers - 1, every, *shape) for shape in rest),
+        *((1, len(lengths), *shape) for shape in rest),
+    ]
 
 
-def int8_ceiling(config: Any, tokens: int) -> float:
-    """Return the operations per second of the bare int8 matrix product, at the best of the encoder's shapes."""
+def operations(config: Any, lengths: npt.NDArray[np.integer[Any]]) -> int:
+    """Return the operations of these products: two a multiplication."""
+    return sum(2 * count * rows * inner * columns for count, rows, inner, columns in shapes(config, lengths))
+
+
+def bare_seconds(
+    config: Any, products: dict[tuple[int, int], list[Product]], lengths: npt.NDArray[np.integer[Any]]
+) -> float:
+    """Return the seconds of the bare int8 matrix products of one batch, each shape in the faster of its ways."""
+    return sum(
+        count * min(product(rows) for product in products[inner, columns])
+        for count, rows, inner, columns in shapes(config, lengths)
+    )
+
+
+def int8_products(config: Any) -> dict[tuple[int, int], list[Product]]:
+    """Return the ways to multiply by each of the encoder's int8 weights: OpenVINO's kernel, and PyTorch's.
+
+    Both are oneDNN underneath. What is timed is the product alone: no quantizing, softmax, LayerNorm or attention. Its
+    weights lie in the cache, as the same product is repeated: an engine, whose weights do not, has it harder.
+    """
+    hidden, up = config.hidden_size, config.intermediate_size
+    return {
+        (inner, columns): [_openvino_product(inner, columns), _torch_product(inner, columns)]
+        for inner, columns in ((hidden, 3 * hidden), (hidden, hidden), (hidden, up), (up, hidden))
+    }
+
+
+REPEATS = 3  # of a product at a time; the median counts
+
+
+def _torch_product(inner: int, columns: int) -> Product:
+    weight = torch.randint(-127, 128, (inner, columns), dtype=torch.int8)
+
+    def seconds(rows: int) -> float:
+        x = torch.randint(-127, 128, (rows, inner), dtype=torch.int8)
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            torch._int_mm(x, weight)
+            times.append(time.perf_counter() - start)
+        return median(times)
+
+    return seconds
+
+
+def _openvino_product(inner: int, columns: int) -> Product:
     import openvino
     from openvino import opset13 as op
 
-    hidden, up = config.hidden_size, config.intermediate_size
-    speeds: list[float] = []
-    for inner, outer in ((hidden, 3 * hidden), (hidden, hidden), (hidden, up), (up, hidden)):
-        x = op.parameter([tokens, inner], np.float32)
-        limit = [op.constant(np.float32(each)) for each in (-128 / 64, 127 / 64)]
-        weights = np.random.default_rng(0).integers(-127, 128, (inner, outer), np.int8)
-        weight = op.multiply(
-            op.convert(op.constant(weights), "f32"), op.constant(np.full((1, outer), 0.01, np.float32))
-        )
-        product = op.matmul(op.fake_quantize(x, *limit, *limit, 256), weight, False, False)
-        compiled: Any = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", {"PERF_COUNT": True})
-        request, data = compiled.create_infer_request(), np.random.default_rng(0).standard_normal((tokens, inner), "f4")
-        seconds = []
-        for _ in range(20):
+    x = op.parameter([-1, inner], np.float32)
+    limits = [op.constant(np.float32(each)) for each in (-128 / 64, 127 / 64)]
+    weights = np.random.default_rng(0).integers(-127, 128, (inner, columns), np.int8)
+    scales = op.constant(np.full((1, columns), 0.01, np.float32))
+    weight = op.multiply(op.convert(op.constant(weights), "f32"), scales)
+    product = op.matmul(op.fake_quantize(x, *limits, *limits, 256), weight, False, False)
+    settings = {"PERF_COUNT": True, "PERFORMANCE_HINT": "LATENCY"}
+    compiled: Any = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def seconds(rows: int) -> float:
+        data = np.random.default_rng(0).standard_normal((rows, inner), "f4")
+        times = []
+        for _ in range(REPEATS):
             request.infer([data], share_inputs=True)
-            product_time = [p.real_time for p in request.get_profiling_info() if p.node_type.startswith("FullyConn")]
-            seconds.append(sum(each.total_seconds() for each in product_time))
-        speeds.append(2 * tokens * inner * outer / float(np.median(seconds)))
-    return max(speeds)
+            nodes = [node for node in request.get_profiling_info() if node.node_type.startswith("FullyConnected")]
+            if not all("i8" in node.exec_type for node in nodes):  # no int8 kernel here: PyTorch's alone counts
+                return math.inf
+            times.append(float(sum(node.real_time.total_seconds() for node in nodes)))
+        return median(times)
+
+    return seconds
 
 
-def _systems(model: Any, calibration: Tokens, max_tokens: int) -> dict[str, System]:
+def _systems(model: Any, max_tokens: int) -> dict[str, System]:
     def over_packed(run: Callable[[Packed], Any]) -> System:
         return lambda texts: run(pack(*texts, max_tokens))
 
-    laid = [pack(*_laid(calibration[i : i + 16]), max_tokens) for i in range(0, len(calibration), 16)]
-    ranges = quantize.calibrate(PackedBert(model).eval(), laid)["minmax"]
-    spec = EngineSpec("openvino", "int8", max_tokens, model.config.num_labels, "")
-    systems: dict[str, System] = {"PyTorch fp32, padded": lambda texts: _pytorch(model, texts)}
+    # Speed does not depend on where activations are cut, so nothing is calibrated.
+    ranges = dict.fromkeys(quantize.linears(PackedBert(model)), 8.0)
+    systems: dict[str, System] = {PYTORCH: lambda texts: _pytorch(model, texts)}
     with tempfile.TemporaryDirectory(prefix="aisle-bench-") as folder:
         onnx = Path(folder, "model.onnx")
 
         def engine(graph: PackedBert, precision: str) -> Callable[[Packed], npt.NDArray[np.float32]]:
             say(f"compiling {type(graph).__name__}, {precision}")
             export(graph, max_tokens, onnx)
-            return openvino_runner(onnx, replace(spec, precision=precision))
+            return openvino_runner(onnx, EngineSpec("openvino", precision, max_tokens, model.config.num_labels, ""))
 
-        for precision in ("bf16", "fp32"):
-            systems[f"packed rows, {precision}"] = over_packed(engine(PackedBert(model), precision))
+        for precision in ("fp32", "bf16"):
+            systems[f"packed rows, {precision}"] = over_packed(engine(PackedBert(model, DTYPES[precision]), precision))
         rows = engine(quantize.quantized(PackedBert(model, DTYPES["int8"]), ranges), "int8")
-        windows = engine(quantize.quantized(FlatBert(model, DTYPES["int8"], max_tokens), ranges), "int8")
-        systems |= {
-            "packed rows, int8": over_packed(rows),
-            "flat windowed, int8": lambda texts: windows(flat(texts, max_tokens)),
-            "padded to the longest, int8": lambda texts: rows(padded(texts)),
-            f"padded to {max_tokens}, int8": lambda texts: rows(padded(texts, max_tokens)),
-        }
-    return systems
+        windows = engine(quantize.quantized(FlatBert(model, DTYPES["int8"]), ranges), "int8")
+    return systems | {
+        KEPT: over_packed(rows),
+        "flat windowed, int8": lambda texts: windows(flat(texts, max_tokens)),
+        "padded to the longest, int8": lambda texts: rows(padded(texts)),
+        f"padded to {max_tokens}, int8": lambda texts: rows(padded(texts, max_tokens)),
+    }
 
 
 def _laid(texts: Tokens) -> Texts:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aisle.build.graph import MASKED, PackedBert, PackedLayer
-from aisle.preprocess.pack import Packed, pack
+from aisle.preprocess.pack import Packed
 
 Texts = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]  # tokens end to end, tokens of each text
 
@@ -33,52 +33,39 @@ def padded(texts: Texts, width: int | None = None) -> Packed:
 
 
 def flat(texts: Texts, window: int) -> Packed:
-    """Lay out all texts end to end in one row, filled up to whole windows."""
+    """Lay out all texts, none longer than the window, end to end over rows of one window; a text may cross rows."""
     tokens, lengths = texts
-    packed = pack(tokens, np.minimum(lengths, window), window)  # checks that no text is longer than the window
-    total = -(-len(tokens) // window) * window
+    row = np.zeros((3, -(-len(tokens) // window), window), np.int64)
     starts = np.cumsum(lengths) - lengths
-    row = np.zeros((3, 1, total), np.int64)
-    row[0, 0, : len(tokens)] = tokens
-    row[1, 0, : len(tokens)] = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    row[2, 0, : len(tokens)] = np.repeat(np.arange(len(lengths)), lengths) + 1
-    return packed._replace(input_ids=row[0], position_ids=row[1], segment_ids=row[2], cls_index=starts)
+    row[0].flat[: len(tokens)] = tokens
+    row[1].flat[: len(tokens)] = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    row[2].flat[: len(tokens)] = np.repeat(np.arange(len(lengths)), lengths) + 1
+    return Packed(row[0], row[1], row[2], starts)
 
 
 class FlatBert(PackedBert):
-    """Texts end to end; each window of queries attends to the window before it, itself and the one after.
+    """Texts end to end; each row of queries attends to the row before it, itself and the one after.
 
-    Exact where no text is longer than the window. After Beltagy et al. 2020, "Longformer" (arXiv:2004.05150), its
-    sliding window in blocks.
+    Exact where no text is longer than a row. After Beltagy et al. 2020, "Longformer" (arXiv:2004.05150), its sliding
+    window in blocks.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, window: int) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
-        self.window = window
-        layers = model.bert.encoder.layer
-        self.layers = nn.ModuleList(FlatLayer(layer, model.config, dtype, window) for layer in layers)
+        self.layers = nn.ModuleList(FlatLayer(layer, model.config, dtype) for layer in model.bert.encoder.layer)
 
     def mask(self, segment_ids: Tensor) -> Tensor:
-        """Return what is added to the scores, [windows, 1, window, 3 × window]."""
-        queries = segment_ids.view(-1, self.window)
-        keys = around(segment_ids[:, None, :, None], self.window)[:, 0, :, 0]
-        return torch.where((queries[:, :, None] == keys[:, None, :])[:, None], 0.0, MASKED)
+        """Return what is added to the scores, [rows, 1, width, 3 × width]."""
+        keys = around(segment_ids, 1)
+        return torch.where((segment_ids[:, :, None] == keys[:, None, :])[:, None], 0.0, MASKED)
 
 
 class FlatLayer(PackedLayer):
-    def __init__(self, layer: Any, config: Any, dtype: torch.dtype, window: int) -> None:
-        super().__init__(layer, config, dtype)
-        self.window = window
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        heads, _, size = q[0].shape
-        queries = q[0].reshape(heads, -1, self.window, size).transpose(0, 1)  # [windows, heads, window, size of a head]
-        context = super().attend(queries, around(k, self.window), around(v, self.window), mask)
-        return context.transpose(0, 1).flatten(1, 2)[None]
+        return super().attend(q, around(k, 2), around(v, 2), mask)
 
 
-def around(x: Tensor, window: int) -> Tensor:
-    """Return each window of x [1, heads, tokens, size] with its neighbours, [windows, heads, 3 × window, size]."""
-    wide = F.pad(x[0], (0, 0, window, window))
-    wide = wide.reshape(wide.shape[0], -1, window, wide.shape[2])  # [heads, windows + 2, window, size]
-    return torch.cat([wide[:, :-2], wide[:, 1:-1], wide[:, 2:]], 2).transpose(0, 1)
+def around(x: Tensor, dim: int) -> Tensor:
+    """Return each row of x [rows, …] joined with the rows before and after it along another dimension."""
+    wide = F.pad(x, (0, 0) * (x.ndim - 1) + (1, 1))  # [rows + 2, …]
+    return torch.cat([wide[:-2], wide[1:-1], wide[2:]], dim)
