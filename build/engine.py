@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,10 +63,25 @@ class Engine:
         self.spec = spec
 
     def __call__(
-        self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]
+        self,
+        tokens: npt.NDArray[np.integer[Any]],
+        lengths: npt.NDArray[np.integer[Any]],
+        work: defaultdict[str, float] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Return logits [texts, labels] of texts laid end to end in `tokens`, `lengths` [texts] tokens each."""
-        return self._run(pack(tokens, lengths, self.spec.max_tokens))
+        """Return logits [texts, labels] of texts laid end to end in `tokens`, `lengths` [texts] tokens each.
+
+        Args:
+            work: counts, if given, `tokens_useful`, `tokens_computed`, `engine_seconds` and `engine_batches`.
+        """
+        start = time.perf_counter()
+        packed = pack(tokens, lengths, self.spec.max_tokens)
+        logits = self._run(packed)
+        if work is not None:
+            work["tokens_useful"] += len(tokens)
+            work["tokens_computed"] += packed.input_ids.size
+            work["engine_seconds"] += time.perf_counter() - start
+            work["engine_batches"] += 1
+        return logits
 
 
 def check_target(target: str, precision: str) -> None:

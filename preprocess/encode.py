@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,12 @@ from tokenizers import Tokenizer
 from aisle.errors import InputError
 
 MAX_TOKENS = 128  # of one text, [CLS] and [SEP] included, unless tokenizer.json sets its own truncation
+
+
+class Encoded(NamedTuple):
+    input_ids: npt.NDArray[np.int32]  # [texts, longest], zero beyond each text's end
+    lengths: npt.NDArray[np.int32]  # [texts, 1]
+    truncated: int  # texts that were cut at the limit
 
 
 class Encoder:
@@ -47,11 +53,12 @@ class Encoder:
         """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
-    def __call__(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return `input_ids` [texts, longest], zero beyond each text's end, and `lengths` [texts, 1]."""
-        tokens = self.tokens(texts)
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        encodings = self._tokenizer.encode_batch_fast(texts)
+        tokens = [encoding.ids for encoding in encodings]
         lengths = np.array([[len(ids)] for ids in tokens], np.int32)
         input_ids = np.zeros((len(tokens), lengths.max()), np.int32)
         for row, ids in zip(input_ids, tokens, strict=True):
             row[: len(ids)] = ids
-        return input_ids, lengths
+        full = (encoding for encoding, ids in zip(encodings, tokens, strict=True) if len(ids) == self.max_tokens)
+        return Encoded(input_ids, lengths, sum(bool(encoding.overflowing) for encoding in full))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput
 
+from aisle.build.engine import EngineSpec
 from aisle.client import Classifier, ClassifierError, InvalidText
 from aisle.preprocess.clean import MAX_BYTES, prepare
 from aisle.preprocess.encode import Encoder
@@ -171,6 +174,52 @@ def test_health_and_metrics(server: Server) -> None:
     metrics = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
     for name in ("nv_inference_count", "nv_inference_exec_count", "nv_cache_num_hits_per_model"):
         assert f'{name}{{model="product_classifier"' in metrics or f'{name}{{model="encoder"' in metrics
+
+
+def figures(server: Server) -> dict[str, float]:
+    """Return the metrics' series and their values, late enough for the models to have reported all they counted."""
+    time.sleep(3)
+    lines = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[:1] != "#"}
+
+
+def test_metrics_count_texts_tokens_and_answers(
+    server: Server, classifier: Classifier, checkpoint: Path, repository: Path
+) -> None:
+    texts = [f"计数 {i}号 苹果" for i in range(20)] + ["婴儿奶粉 计数 " * 200, "计数 电话 13812345678"]
+    before = figures(server)
+    answers = classifier.classify(texts)
+    for bad, _ in BAD_TEXTS:
+        with pytest.raises(InvalidText):
+            classifier.classify(["计数", bad])
+    after = figures(server)
+
+    def grown(name: str, **labels: str) -> float:
+        inside = ",".join(f'{key}="{value}"' for key, value in sorted({**labels, "version": "1"}.items()))
+        series = f"{name}{{{inside}}}"
+        return after[series] - before.get(series, 0)
+
+    assert grown("aisle_texts_total") == 22
+    assert grown("aisle_texts_truncated_total") == 1
+    assert grown("aisle_personal_data_total", kind="phone") == 1
+    reasons = {
+        reason: grown("aisle_texts_rejected_total", reason=reason) for reason in ("empty", "not UTF-8", "over-long")
+    }
+    assert reasons == {"empty": 2, "not UTF-8": 1, "over-long": 1}
+    tokens = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in texts])
+    assert grown("aisle_tokens_useful_total") == sum(map(len, tokens)) <= grown("aisle_tokens_computed_total")
+    assert grown("aisle_engine_seconds_total") > 0
+    assert 1 <= grown("aisle_engine_batches_total") < 22
+    for category, count in Counter(answer.category for answer in answers).items():
+        assert grown("aisle_categories_total", category=category) == count
+    assert grown("aisle_confidence_count") == 22
+    assert grown("aisle_confidence_sum") == pytest.approx(sum(answer.confidence for answer in answers), abs=1e-3)
+    for le in ("0.5", "0.9", "+Inf"):
+        expected = sum(answer.confidence <= float(le) for answer in answers)
+        assert grown("aisle_confidence_bucket", le=le) == expected
+    spec = EngineSpec.load(repository / "encoder" / "1")
+    info = f'checkpoint="{spec.checkpoint}",precision="fp32",target="openvino",version="1"'
+    assert after[f"aisle_model_info{{{info}}}"] == 1
 
 
 def test_the_contract(triton: InferenceServerClient) -> None:

@@ -3,35 +3,72 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from aisle.deploy.observe import Metrics
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        labels = json.loads(Path(args["model_repository"], args["model_version"], "labels.json").read_text("utf-8"))
-        self.labels = np.array([label.encode() for label in labels], np.object_)
+        self.names = json.loads(Path(args["model_repository"], args["model_version"], "labels.json").read_text("utf-8"))
+        self.labels = np.array([name.encode() for name in self.names], np.object_)
+        self.metrics = Metrics(args["model_version"], "aisle_confidence_sum", "aisle_confidence_count")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self.respond(request) for request in requests]
+        """Rank the categories of all texts at once; a bad `top_k` fails its own request alone."""
+        wanted = [self.wanted(request) for request in requests]
+        logits = [
+            pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
+            for request, k in zip(requests, wanted, strict=True)
+            if isinstance(k, int)
+        ]
+        if logits:
+            best, confidence = top(np.concatenate(logits), max(k for k in wanted if isinstance(k, int)))
+            self.count(best[:, 0], confidence[:, 0])
+        responses, row, sizes = [], 0, iter(map(len, logits))
+        for k in wanted:
+            if isinstance(k, str):
+                refusal = pb_utils.TritonError(k, pb_utils.TritonError.INVALID_ARG)
+                responses.append(pb_utils.InferenceResponse(error=refusal))
+                continue
+            rows = slice(row, row + next(sizes))
+            category = pb_utils.Tensor("category", self.labels[best[rows, :k]])
+            tensors = [category, pb_utils.Tensor("confidence", np.ascontiguousarray(confidence[rows, :k]))]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            row = rows.stop
+        return responses
 
-    def respond(self, request: Any) -> Any:
-        logits = pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
-        top_k = pb_utils.get_input_tensor_by_name(request, "top_k")
-        wanted = {1} if top_k is None else set(top_k.as_numpy().ravel().tolist())
-        k = wanted.pop()
-        if wanted or not 1 <= k <= len(self.labels):
-            message = f"top_k must be one number from 1 to {len(self.labels)} in every row; got {sorted({k, *wanted})}"
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
-        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("category", self.labels[best]),
-                pb_utils.Tensor("confidence", np.take_along_axis(probabilities, best, axis=1)),
-            ]
-        )
+    def wanted(self, request: Any) -> int | str:
+        """Return how many categories a request asks for, or what is wrong with it."""
+        tensor = pb_utils.get_input_tensor_by_name(request, "top_k")
+        values = [1] if tensor is None else np.unique(tensor.as_numpy()).tolist()
+        if len(values) > 1 or not 1 <= values[0] <= len(self.names):
+            return f"top_k must be one number from 1 to {len(self.names)} in every row; got {values}"
+        return int(values[0])
+
+    def count(self, best: Any, confidence: Any) -> None:
+        self.metrics.add_confidences(confidence)
+        for index, count in Counter(best.tolist()).items():
+            self.metrics.add("aisle_categories_total", count, category=self.names[index])
+
+    def finalize(self) -> None:
+        self.metrics.close()
+
+
+def top(logits: Any, k: int) -> tuple[Any, Any]:
+    """Return the places and softmax probabilities, each [texts, k], of the k largest of `logits` [texts, labels]."""
+    if k == 1:
+        best = logits.argmax(axis=1)[:, None]
+    else:
+        # All of thousands of labels are sorted only if all are wanted.
+        best = np.argpartition(-logits, min(k, logits.shape[1] - 1), axis=1)[:, :k]
+        best.sort(axis=1)  # equal ones in the order of the labels
+        order = np.argsort(-np.take_along_axis(logits, best, axis=1), axis=1, kind="stable")
+        best = np.take_along_axis(best, order, axis=1)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return best, np.take_along_axis(powers, best, axis=1) / powers.sum(axis=1, keepdims=True)
