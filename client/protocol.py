@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+from tritonclient.grpc.auth import BasicAuth
 
 from aisle.errors import InputError, ServerError
 
@@ -51,6 +53,14 @@ class TLS:
     private_key: Path | None = None
     certificate_chain: Path | None = None
 
+    @staticmethod
+    def from_environment() -> TLS | None:
+        """Read AISLE_TLS_CA, AISLE_TLS_KEY and AISLE_TLS_CERT; AISLE_TLS=1 alone trusts the system's authorities."""
+        ca, key, chain = (
+            Path(name) if (name := os.environ.get(f"AISLE_TLS_{each}")) else None for each in ("CA", "KEY", "CERT")
+        )
+        return TLS(ca, key, chain) if ca or key or chain or os.environ.get("AISLE_TLS") == "1" else None
+
     def arguments(self) -> dict[str, Any]:
         """Return what tritonclient calls these."""
         files = {
@@ -61,6 +71,8 @@ class TLS:
         for path in files.values():
             if path is not None and not path.is_file():
                 raise InputError(f"{path}: no such file")
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise InputError("mutual TLS needs both the private key and the certificate")
         return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
 
 
@@ -134,6 +146,7 @@ class Connection:
         timeout: float = 10.0,
         retries: int = 4,
         tls: TLS | None = None,
+        token: str = "",
         model_version: str = "",
     ) -> None:
         """Name the server; the first call connects.
@@ -143,16 +156,32 @@ class Connection:
             timeout: seconds that one request may take.
             retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
             tls: encrypt the connection.
+            token: ``NAME:SECRET``, which a gateway that tells clients apart knows this one by.
             model_version: the version to ask for; by default the server's latest.
 
         Raises:
-            InputError: a file of `tls` is missing.
+            InputError: a file of `tls` is missing, or `token` is of another form or would travel in the clear.
         """
+        if token and ":" not in token:
+            raise InputError("the token must be NAME:SECRET")
+        if token and tls is None:
+            raise InputError("a token is sent over TLS alone; name the server's authority (AISLE_TLS_CA)")
         self._timeout = timeout
         self._retries = retries
         self._version = model_version
         self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
+        if token:
+            self._client.register_plugin(BasicAuth(*token.split(":", 1)))
         self._max_batch: int | None = None
+
+    @classmethod
+    def from_environment(cls, url: str, *, timeout: float = 10.0) -> Self:
+        """Connect as the commands do: TLS as `TLS.from_environment`, the token from AISLE_TOKEN.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        return cls(url, timeout=timeout, tls=TLS.from_environment(), token=os.environ.get("AISLE_TOKEN", ""))
 
     def _seconds_to_wait(self, error: InferenceServerException, attempt: int) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import importlib.util
 import os
 import shutil
@@ -18,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tritonclient.grpc import InferenceServerClient, InferenceServerException
-
 from aisle.build.repository import latest_version
 from aisle.console import say
+from aisle.deploy.access import ServerTLS, closed
 from aisle.errors import InputError, ServerError
 
 CONTAINER = Path("/opt/tritonserver")
@@ -37,8 +37,10 @@ class Options:
     repository: Path
     host: str = "127.0.0.1"
     grpc_port: int = 8001
-    http_port: int = 8000
+    http_port: int | None = None  # HTTP is off unless asked for: it has neither TLS nor closed protocols
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
+    tls: ServerTLS | None = None
     model_config_name: str = ""  # picks MODEL/configs/NAME.pbtxt where there is one, as `gpu`
     cache_mb: int = 256  # of answers; 0 turns the response cache off
 
@@ -60,13 +62,14 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
         log: where its log goes; stderr by default.
 
     Raises:
-        InputError: the repository holds no built version, a port is taken, or there is no Triton here.
+        InputError: the repository holds no built version, a port is taken, a file of TLS cannot be used, or there is
+            no Triton here.
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
     latest_version(repository)
     _check_ports(options)
-    with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home:
+    with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
         shared_memory = f"aisle_{Path(home).name}_"
         command, environment = _installation(Path(home))
         command += [
@@ -74,13 +77,18 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
             f"--backend-config=python,shm-region-prefix-name={shared_memory}",
             f"--grpc-address={options.host}",
             f"--grpc-port={options.grpc_port}",
-            f"--http-address={options.host}",
-            f"--http-port={options.http_port}",
-            f"--metrics-address={options.host}",
+            restriction,
+            f"--metrics-address={options.metrics_host}",
             f"--metrics-port={options.metrics_port}",
             "--disable-auto-complete-config",
             "--exit-timeout-secs=10",
         ]
+        if options.http_port is None:
+            command += ["--allow-http=false"]
+        else:
+            command += [f"--http-address={options.host}", f"--http-port={options.http_port}"]
+        if options.tls:
+            command += options.tls.arguments()
         if options.model_config_name:
             command += [f"--model-config-name={options.model_config_name}"]
         if options.cache_mb:
@@ -89,7 +97,7 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
             command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
         )
         try:
-            _wait_until_ready(process, f"{options.host}:{options.grpc_port}")
+            _wait_until_ready(process, options)
             yield process
         finally:
             stop(process)
@@ -99,13 +107,18 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
 
 def _check_ports(options: Options) -> None:
     """Make sure that nobody else listens: the readiness of another server would be taken for this one's."""
-    for name in ("grpc_port", "http_port", "metrics_port"):
-        port = getattr(options, name)
+    wanted = {
+        "--grpc-port": (options.host, options.grpc_port),
+        "--http-port": (options.host, options.http_port),
+        "--metrics-port": (options.metrics_host, options.metrics_port),
+    }
+    for option, (host, port) in wanted.items():
+        if port is None:
+            continue
         try:
-            socket.create_server((options.host, port)).close()
+            socket.create_server((host, port)).close()
         except OSError as error:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"cannot listen on {options.host}:{port} ({error.strerror}); see {option}") from None
+            raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); see {option}") from None
 
 
 def serve_forever(options: Options) -> int:
@@ -118,7 +131,9 @@ def serve_forever(options: Options) -> int:
         signal.signal(number, _stop_serving)
     try:
         with running(options) as process:
-            say(f"ready: gRPC on {options.host}:{options.grpc_port}, metrics on port {options.metrics_port}")
+            encryption = f", {'mutual ' if options.tls.client_authority else ''}TLS" if options.tls else ""
+            address = f"{options.host}:{options.grpc_port}"
+            say(f"ready: gRPC on {address}{encryption}, metrics on port {options.metrics_port}")
             return process.wait()
     except KeyboardInterrupt:
         return 0
@@ -189,16 +204,20 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], options: Options) -> None:
+    """Wait for the metrics: Triton offers them last, after models and gRPC, and to callers without a certificate."""
     deadline = time.monotonic() + START_SECONDS
-    with InferenceServerClient(url) as client:
-        while process.poll() is None:
-            try:
-                if client.is_server_ready():
-                    return
-            except InferenceServerException:
-                pass
-            if time.monotonic() > deadline:
-                raise ServerError(f"Triton was not ready within {START_SECONDS:.0f} s; its log says why")
-            time.sleep(0.1)
+    while process.poll() is None:
+        metrics = http.client.HTTPConnection(options.metrics_host, options.metrics_port, timeout=START_SECONDS)
+        try:
+            metrics.request("HEAD", "/metrics")
+            metrics.getresponse()
+            return
+        except OSError:
+            pass
+        finally:
+            metrics.close()
+        if time.monotonic() > deadline:
+            raise ServerError(f"Triton was not ready within {START_SECONDS:.0f} s; its log says why")
+        time.sleep(0.1)
     raise ServerError(f"Triton ended with exit code {process.returncode} before it was ready; its log says why")
