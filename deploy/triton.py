@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from aisle.build.repository import latest_version
-from aisle.console import say
-from aisle.deploy.access import ServerTLS, closed
+from aisle.deploy.access import HEADER, ServerTLS, closed
+from aisle.deploy.admin import Admin
+from aisle.deploy.release import Release
+from aisle.deploy.view import ENSEMBLE, View
 from aisle.errors import InputError, ServerError
 
 CONTAINER = Path("/opt/tritonserver")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
+DRAIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Options:
     model_config_name: str = ""  # picks MODEL/configs/NAME.pbtxt where there is one, as `gpu`
     cache_mb: int = 256  # of answers; 0 turns the response cache off
 
+    def describe(self) -> str:
+        encryption = f", {'mutual ' if self.tls.client_authority else ''}TLS" if self.tls else ""
+        return f"gRPC on {self.host}:{self.grpc_port}{encryption}, metrics on port {self.metrics_port}"
+
 
 def free_ports(count: int) -> list[int]:
     """Return ports of the loopback address that nothing listens on now."""
@@ -54,9 +60,31 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@dataclass(frozen=True)
+class Triton:
+    """A server that runs, and what it takes to change the models that it serves."""
+
+    process: subprocess.Popen[bytes]
+    release: Release  # as it was started
+    view: View
+    admin: Admin
+    tap: Path  # the socket on which the router tells what happens
+
+
 @contextmanager
 def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Start Triton, wait until it is ready, stop it on leaving.
+    """Start Triton, wait until it is ready, stop it on leaving; nobody watches it meanwhile.
+
+    Raises:
+        InputError, ServerError: as `started`.
+    """
+    with started(options, log) as triton:
+        yield triton.process
+
+
+@contextmanager
+def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
+    """Start Triton, wait until it is ready; on leaving, have it answer the requests under way and stop it.
 
     Args:
         log: where its log goes; stderr by default.
@@ -67,13 +95,22 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
-    latest_version(repository)
+    release = Release.load(repository)
     _check_ports(options)
     with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
+        view = View(repository, Path(home, "models"), options.model_config_name)
+        try:
+            view.show(release.live)
+        except InputError as error:
+            raise ServerError(str(error)) from None
+        view.bind(release.live)
         shared_memory = f"aisle_{Path(home).name}_"
         command, environment = _installation(Path(home))
         command += [
-            f"--model-repository={repository}",
+            f"--model-repository={view.folder}",
+            "--model-control-mode=explicit",
+            f"--load-model={ENSEMBLE}",  # its steps come with it
+            "--strict-readiness=false",  # else the server counts as not ready while another version is loading
             f"--backend-config=python,shm-region-prefix-name={shared_memory}",
             f"--grpc-address={options.host}",
             f"--grpc-port={options.grpc_port}",
@@ -83,23 +120,27 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
             "--disable-auto-complete-config",
             "--exit-timeout-secs=10",
         ]
+        restricted, key = restriction.partition("=")[2], restriction.rpartition("=")[2]
+        command += [f"--http-restricted-api={restricted}"]
         if options.http_port is None:
-            command += ["--allow-http=false"]
+            address: Path | tuple[str, int] = Path(home, "http")
+            command += [f"--http-address=unix:{address}", "--http-port=1"]
         else:
+            address = options.host, options.http_port
             command += [f"--http-address={options.host}", f"--http-port={options.http_port}"]
         if options.tls:
             command += options.tls.arguments()
-        if options.model_config_name:
-            command += [f"--model-config-name={options.model_config_name}"]
         if options.cache_mb:
             command += [f"--cache-config=local,size={options.cache_mb << 20}"]
         process = subprocess.Popen(
             command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
         )
+        admin = Admin(address, {HEADER.removeprefix("triton-grpc-protocol-"): key})
         try:
             _wait_until_ready(process, options)
-            yield process
+            yield Triton(process, release, view, admin, Path(home, "tap"))
         finally:
+            _drain(process, admin)
             stop(process)
             for leftover in Path("/dev/shm").glob(f"{shared_memory}*"):
                 leftover.unlink(missing_ok=True)
@@ -121,26 +162,17 @@ def _check_ports(options: Options) -> None:
             raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); see {option}") from None
 
 
-def serve_forever(options: Options) -> int:
-    """Run the server until it ends or this process is told to stop; return the exit code.
-
-    Raises:
-        InputError, ServerError: as `running`.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_serving)
+def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:
+    """Let requests under way be answered: told to stop, Triton itself would fail them between two steps."""
+    deadline, admin = time.monotonic() + DRAIN_SECONDS, admin.another(DRAIN_SECONDS)
     try:
-        with running(options) as process:
-            encryption = f", {'mutual ' if options.tls.client_authority else ''}TLS" if options.tls else ""
-            address = f"{options.host}:{options.grpc_port}"
-            say(f"ready: gRPC on {address}{encryption}, metrics on port {options.metrics_port}")
-            return process.wait()
-    except KeyboardInterrupt:
-        return 0
-
-
-def _stop_serving(*_: object) -> None:
-    raise KeyboardInterrupt
+        while process.poll() is None and time.monotonic() < deadline:
+            admin.unload(ENSEMBLE)
+            if not any(s == "UNLOADING" for (model, _), s in admin.states().items() if model == ENSEMBLE):
+                return
+            time.sleep(0.05)
+    except ServerError:
+        pass  # it had not come so far, or is no more
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -34,9 +34,10 @@ def serve(
     model_config_name: Annotated[str, typer.Option(help="Picks MODEL/configs/NAME.pbtxt; 'gpu' on a GPU.")] = "",
     cache_mb: Annotated[int, typer.Option(min=0, help="Response cache in MiB; 0 turns it off.")] = 256,
 ) -> None:
-    """Serve the model repository with Triton until stopped."""
+    """Serve the model repository with Triton until stopped: restarted when it fails, changed by `aisle deploy`."""
     from aisle.deploy.access import ServerTLS
-    from aisle.deploy.triton import Options, serve_forever
+    from aisle.deploy.supervise import serve_forever
+    from aisle.deploy.triton import Options
 
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
         raise InputError("TLS needs both --tls-cert and --tls-key; mutual TLS needs --tls-client-ca besides")
