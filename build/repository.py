@@ -54,13 +54,7 @@ def new_version(repository: Path) -> Iterator[tuple[int, dict[str, Path]]]:
             for model in PYTHON_MODELS:  # Triton looks for the code in the version's folder
                 (folders[model] / "model.py").symlink_to("../model.py")
             yield number, folders
-            manifest = {
-                f"{model}/{path.name}": fingerprint(path)
-                for model, folder in folders.items()
-                for path in sorted(folder.iterdir())
-                if not path.is_symlink()
-            }
-            (folders["product_classifier"] / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            (folders["product_classifier"] / MANIFEST).write_text(json.dumps(_digests(folders), indent=2) + "\n")
             for model, folder in folders.items():
                 folder.chmod(0o755)
                 folder.rename(repository / model / str(number))
@@ -77,17 +71,24 @@ def check_version(repository: Path, version: int) -> None:
     Raises:
         InputError: naming the file that is missing or not what it was.
     """
-    manifest = repository / "product_classifier" / str(version) / MANIFEST
+    folders = {model: repository / model / str(version) for model in MODELS}
     try:
-        expected = json.loads(manifest.read_text())
-        for name, digest in expected.items():
-            model, _, file = name.partition("/")
-            if fingerprint(repository / model / str(version) / file) != digest:
-                raise InputError(f"version {version} is damaged: {name} is not what was built; build it again")
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+        expected, found = json.loads((folders["product_classifier"] / MANIFEST).read_text()), _digests(folders)
+    except (OSError, ValueError) as error:
         raise InputError(f"version {version} is damaged: {error}; build it again") from None
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise InputError(f"version {version} is damaged: {name} is not what was built; build it again")
+
+
+def _digests(folders: dict[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of the files of a version, as "encoder/engine.json": "…"."""
+    return {
+        f"{model}/{path.name}": fingerprint(path)
+        for model, folder in folders.items()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.is_symlink() and path.name != MANIFEST
+    }
 
 
 def _lay_out(repository: Path) -> None:

@@ -2,7 +2,7 @@
 
 from aisle.client.aio import AsyncClassifier
 from aisle.client.classifier import Classifier
-from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Prediction, Unavailable
+from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Overloaded, Prediction, Unavailable
 
 __all__ = [
     "TLS",
@@ -11,6 +11,7 @@ __all__ = [
     "ClassifierError",
     "Failure",
     "InvalidText",
+    "Overloaded",
     "Prediction",
     "Unavailable",
 ]

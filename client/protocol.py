@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+from tritonclient.grpc import InferenceServerException, InferInput
 from tritonclient.grpc.auth import BasicAuth
 
 from aisle.errors import InputError, ServerError
 
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
-OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
+PATIENT_RETRIES = 20  # about a minute and a half
 # Triton's own limits: messages of any size, so that a batch of long texts fits.
 CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -28,6 +28,7 @@ class Prediction:
 
     categories: tuple[str, ...]
     confidences: tuple[float, ...]
+    version: int = 0  # of the model that answered
 
     @property
     def category(self) -> str:
@@ -92,6 +93,10 @@ class Unavailable(ClassifierError):
     """No server answered, after all retries."""
 
 
+class Overloaded(ClassifierError):
+    """More requests were waiting than the server lets, which it said at once, or for too long. Ask again later."""
+
+
 def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
     """Return the request's tensors: `text` BYTES [n, 1] and, unless it is 1, `top_k` INT32 [n, 1].
 
@@ -114,11 +119,16 @@ def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
 
 
 def predictions(result: Any) -> list[Prediction]:
-    """Read `category` and `confidence`, both [n, k]."""
+    """Read `category` and `confidence`, both [n, k], and which version answered.
+
+    That is the version of the response or, while a candidate answers some requests, what the output `version` says.
+    """
     categories = result.as_numpy("category")
     confidences = result.as_numpy("confidence")
+    tried = result.as_numpy("version")
+    version = int(result.get_response().model_version if tried is None else tried[0, 0])
     return [
-        Prediction(tuple(name.decode() for name in names), tuple(values))
+        Prediction(tuple(name.decode() for name in names), tuple(values), version)
         for names, values in zip(categories, confidences.tolist(), strict=True)
     ]
 
@@ -129,7 +139,13 @@ def translate(error: InferenceServerException) -> Exception:
     message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
     if status == "INVALID_ARGUMENT":
         return InvalidText(message)
-    if status == "UNAVAILABLE":
+    if "Exceeds maximum queue size" in message:
+        return Overloaded(status, message)
+    if "Request timeout expired" in message:  # it waited in the queue for as long as its caller would
+        return Overloaded("DEADLINE_EXCEEDED", message)
+    # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
+    passing = "is not healthy" in message or "has no available versions" in message
+    if status == "UNAVAILABLE" or passing:
         return Unavailable(status, message)
     return ClassifierError(status, message)
 
@@ -167,6 +183,7 @@ class Connection:
         if token and tls is None:
             raise InputError("a token is sent over TLS alone; name the server's authority (AISLE_TLS_CA)")
         self._timeout = timeout
+        self._queue_us = max(1, int(timeout * 1e6))  # a request that waits longer in a queue is dropped there
         self._retries = retries
         self._version = model_version
         self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
@@ -183,12 +200,17 @@ class Connection:
         """
         return cls(url, timeout=timeout, tls=TLS.from_environment(), token=os.environ.get("AISLE_TOKEN", ""))
 
-    def _seconds_to_wait(self, error: InferenceServerException, attempt: int) -> float:
+    def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.
 
-        Exponential backoff with full jitter; `attempt` counts from 0.
+        Exponential backoff with full jitter; `attempt` counts from 0. A server that is overloaded is left alone by
+        callers who wait for their answer: their retries would be the next overload. Whole files can wait for it, and
+        for one that is being started again.
         """
         translated = translate(error)
-        if not isinstance(translated, Unavailable) or attempt >= self._retries:
+        again = isinstance(translated, (Unavailable, Overloaded) if patient else Unavailable)
+        if not again or attempt >= (
+            max(self._retries, PATIENT_RETRIES) if patient and self._retries else self._retries
+        ):
             raise translated from None
-        return random.uniform(0, min(2.0, 0.1 * 2**attempt))
+        return random.uniform(0, min(8.0 if patient else 2.0, 0.1 * 2**attempt))

@@ -162,6 +162,8 @@ def change(triton: Triton, before: Release, after: Release) -> None:
         _install(triton, after)
     except (InputError, ServerError):
         with contextlib.suppress(ServerError):
+            for version in view.versions() - _versions(before):
+                view.hide(version)  # first, for Triton tries again what it could not load
             _install(triton, before)
             _clear(triton, before)
         raise
@@ -235,6 +237,7 @@ class Tap:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
+        self._admin.close()
 
     def follow(self, release: Release) -> None:
         """Begin to count anew, for another release."""

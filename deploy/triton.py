@@ -164,6 +164,7 @@ def _check_ports(options: Options) -> None:
 
 def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:
     """Let requests under way be answered: told to stop, Triton itself would fail them between two steps."""
+    admin.close()
     deadline, admin = time.monotonic() + DRAIN_SECONDS, admin.another(DRAIN_SECONDS)
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -173,6 +174,8 @@ def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:
             time.sleep(0.05)
     except ServerError:
         pass  # it had not come so far, or is no more
+    finally:
+        admin.close()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
