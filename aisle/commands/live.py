@@ -27,6 +27,9 @@ def deploy(
     ] = 0.9,
     canary: Annotated[float, typer.Option(min=0, max=1, help="Share of the requests that it answers at first.")] = 0.0,
     canary_seconds: Annotated[int, typer.Option(min=1, help="How long it answers only that share.")] = 60,
+    precision: Annotated[
+        str | None, typer.Option(help="Of CHECKPOINT's engine: int8 (the default), fp16, bf16, fp32.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Have a new model take over from the one that is served, without losing a request; refuse one that cannot."""
@@ -36,7 +39,7 @@ def deploy(
     if checkpoint is not None:
         from aisle.build.build import build
 
-        version = int(build(checkpoint, repository)["version"])
+        version = int(build(checkpoint, repository, precision=precision)["version"])
     trial = Trial(shadow_seconds=shadow, agreement=agreement, canary=canary, canary_seconds=canary_seconds)
     report(run(repository, version, trial), as_json, _show)
 
