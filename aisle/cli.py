@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from aisle.commands import adapt, data, engine, learn, load, measure, serving
+from aisle.commands import adapt, data, engine, learn, live, load, measure, serving
 from aisle.console import say, stderr
 from aisle.errors import InputError, ServerError
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for stage in (data, learn, measure, engine, serving, load, adapt):
+for stage in (data, learn, measure, engine, serving, live, load, adapt):
     app.add_typer(stage.app)
 
 # What each extra brings, so that a missing module can name it.

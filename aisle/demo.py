@@ -36,8 +36,8 @@ def demo(work: Path, repository: Path, texts: Path) -> dict[str, Any]:
     say("3/4 compiling it for this CPU")
     version = build(checkpoint, repository)["version"]
     say("4/4 starting Triton and asking it")
-    grpc_port, http_port, metrics_port = free_ports(3)
-    options = Options(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    grpc_port, metrics_port = free_ports(2)
+    options = Options(repository, grpc_port=grpc_port, metrics_port=metrics_port)
     rows = []
     with (work / "triton.log").open("wb") as log, running(options, log), Classifier(f"localhost:{grpc_port}") as server:
         server.classify(["warm-up"])

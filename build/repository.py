@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aisle.errors import InputError
+from aisle.preprocess.table import fingerprint
 
 MODELS = ("tokenizer", "encoder", "labeler", "product_classifier")  # the ensemble comes last
 PYTHON_MODELS = MODELS[:3]
 TEMPLATE = Path(__file__).parent.parent / "model_repository"
+MANIFEST = "manifest.json"  # of the ensemble's version: the SHA-256 of every file that belongs to the version
 
 
 def versions(repository: Path) -> list[int]:
@@ -51,6 +54,7 @@ def new_version(repository: Path) -> Iterator[tuple[int, dict[str, Path]]]:
             for model in PYTHON_MODELS:  # Triton looks for the code in the version's folder
                 (folders[model] / "model.py").symlink_to("../model.py")
             yield number, folders
+            (folders["product_classifier"] / MANIFEST).write_text(json.dumps(_digests(folders), indent=2) + "\n")
             for model, folder in folders.items():
                 folder.chmod(0o755)
                 folder.rename(repository / model / str(number))
@@ -59,6 +63,32 @@ def new_version(repository: Path) -> Iterator[tuple[int, dict[str, Path]]]:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise InputError(f"cannot write to {repository}: {error.strerror or error}") from None
+
+
+def check_version(repository: Path, version: int) -> None:
+    """Make sure that the files of a version are those that the build wrote.
+
+    Raises:
+        InputError: naming the file that is missing or not what it was.
+    """
+    folders = {model: repository / model / str(version) for model in MODELS}
+    try:
+        expected, found = json.loads((folders["product_classifier"] / MANIFEST).read_text()), _digests(folders)
+    except (OSError, ValueError) as error:
+        raise InputError(f"version {version} is damaged: {error}; build it again") from None
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise InputError(f"version {version} is damaged: {name} is not what was built; build it again")
+
+
+def _digests(folders: dict[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of the files of a version, as "encoder/engine.json": "…"."""
+    return {
+        f"{model}/{path.name}": fingerprint(path)
+        for model, folder in folders.items()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.is_symlink() and path.name != MANIFEST
+    }
 
 
 def _lay_out(repository: Path) -> None:

@@ -2,7 +2,7 @@
 
 from aisle.client.aio import AsyncClassifier
 from aisle.client.classifier import Classifier
-from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Prediction, Unavailable
+from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Overloaded, Prediction, Unavailable
 from aisle.client.traffic import TrafficLog
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ClassifierError",
     "Failure",
     "InvalidText",
+    "Overloaded",
     "Prediction",
     "TrafficLog",
     "Unavailable",

@@ -10,7 +10,7 @@ from typing import Any, Self
 from tritonclient.grpc import InferenceServerException
 from tritonclient.grpc.aio import InferenceServerClient
 
-from aisle.client.protocol import IN_FLIGHT, MODEL, OUTPUTS, Connection, Prediction, inputs, predictions
+from aisle.client.protocol import IN_FLIGHT, MODEL, Connection, Prediction, inputs, predictions
 
 
 class AsyncClassifier(Connection):
@@ -55,7 +55,9 @@ class AsyncClassifier(Connection):
     async def _request(self, texts: Sequence[str | bytes], top_k: int) -> list[Prediction]:
         tensors = inputs(texts, top_k)
         result = await self._retrying(
-            lambda: self._client.infer(MODEL, tensors, self._version, OUTPUTS, client_timeout=self._timeout)
+            lambda: self._client.infer(
+                MODEL, tensors, self._version, client_timeout=self._timeout, timeout=self._queue_us
+            )
         )
         answers = predictions(result)
         if self._log:

@@ -34,12 +34,12 @@ def classify_file(
         track: wraps the stream of rows, of which it is told the number, to show progress.
 
     Raises:
-        InputError: the file cannot be read, `top_k` is out of range, or the partial file is another job's.
-        Unavailable, ClassifierError: the server failed; what was answered is kept for the next run.
+        InputError: the file cannot be read, `top_k` is out of range, the partial file is another job's, or the disk is
+            full.
+        Unavailable, ClassifierError: the server failed; in either case what was answered is kept for the next run.
     """
     file_format(out)  # a name that cannot be written is better known now
     start = time.perf_counter()
-    file_format(out)  # a name that cannot be written is better known now
     columns, total = _survey(source, text_column)
     classifier.probe(top_k)  # so is a server that cannot be reached, or has fewer categories
     partial = out.with_name(out.name + ".partial")
@@ -50,15 +50,18 @@ def classify_file(
     texts = (as_text(row.get(text_column)) for row in for_texts)
     added = _added_columns(top_k)
     answered = 0
-    with partial.open("ab") as journal:
-        for row, answer in track(zip(for_output, classifier.stream(texts, top_k), strict=True), total - done):
-            answered += 1
-            line = {**_aside(row, added), **_answer_columns(answer)}
-            journal.write(json.dumps(line, default=str).encode() + b"\n")
-
-    finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
-    write_rows(finished, lambda: _journal(partial), [*_aside(dict.fromkeys(columns), added), *added])
-    finished.replace(out)
+    try:
+        with partial.open("ab") as journal:
+            for row, answer in track(zip(for_output, classifier.stream(texts, top_k), strict=True), total - done):
+                answered += 1
+                line = {**_aside(row, added), **_answer_columns(answer)}
+                journal.write(json.dumps(line, default=str).encode() + b"\n")
+        finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
+        write_rows(finished, lambda: _journal(partial), [*_aside(dict.fromkeys(columns), added), *added])
+        finished.replace(out)
+    except OSError as error:
+        message = f"cannot write {out}: {error.strerror or error}; mend that and run it again: it goes on where it was"
+        raise InputError(message) from None
     errors = sum(row["error"] is not None for row in _journal(partial))
     partial.unlink()
     seconds = time.perf_counter() - start

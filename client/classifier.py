@@ -15,7 +15,6 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException
 from aisle.client.protocol import (
     IN_FLIGHT,
     MODEL,
-    OUTPUTS,
     Connection,
     Failure,
     InvalidText,
@@ -58,6 +57,7 @@ class Classifier(Connection):
         Raises:
             InvalidText: a text cannot be classified, or `top_k` is out of range.
             Unavailable: no server answered.
+            Overloaded: too many requests are waiting there; only `stream` asks again of itself.
             ClassifierError: the server failed, or took longer than the timeout.
         """
         batches = list(_chunks(texts, self.max_batch))
@@ -71,7 +71,7 @@ class Classifier(Connection):
         A text that the server refuses gets a `Failure`; the others of its batch are classified all the same.
 
         Raises:
-            Unavailable, ClassifierError: as `classify`.
+            Unavailable, Overloaded, ClassifierError: as `classify`, but only after trying for longer.
         """
         for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request_each):
             yield from batch
@@ -102,19 +102,21 @@ class Classifier(Connection):
             for future in pending:
                 future.cancel()
 
-    def _request(self, texts: list[Text], top_k: int) -> list[Prediction]:
-        answers = self._ask(texts, top_k)
+    def _request(self, texts: list[Text], top_k: int, patient: bool = False) -> list[Prediction]:
+        answers = self._ask(texts, top_k, patient)
         if self._log:
             self._log.record(texts, answers)
         return answers
 
-    def _ask(self, texts: list[Text], top_k: int) -> list[Prediction]:
+    def _ask(self, texts: list[Text], top_k: int, patient: bool) -> list[Prediction]:
         tensors = inputs(texts, top_k)
-        return predictions(
-            self._retrying(
-                lambda: self._client.infer(MODEL, tensors, self._version, OUTPUTS, client_timeout=self._timeout)
-            )
+        answer = self._retrying(
+            lambda: self._client.infer(
+                MODEL, tensors, self._version, client_timeout=self._timeout, timeout=self._queue_us
+            ),
+            patient,
         )
+        return predictions(answer)
 
     def _request_each(self, texts: list[Text | None], top_k: int) -> Answers:
         """Classify a batch in which texts may be missing or bad."""
@@ -126,19 +128,19 @@ class Classifier(Connection):
         if not texts:
             return []
         try:
-            return [*self._request(texts, top_k)]
+            return [*self._request(texts, top_k, patient=True)]
         except InvalidText as error:
             if len(texts) == 1:
                 return [Failure(str(error))]
         middle = len(texts) // 2
         return self._halving(texts[:middle], top_k) + self._halving(texts[middle:], top_k)
 
-    def _retrying(self, call: Any) -> Any:
+    def _retrying(self, call: Any, patient: bool = False) -> Any:
         for attempt in itertools.count():
             try:
                 return call()
             except InferenceServerException as error:
-                seconds = self._seconds_to_wait(error, attempt)
+                seconds = self._seconds_to_wait(error, attempt, patient)
             time.sleep(seconds)
 
 

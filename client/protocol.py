@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+from tritonclient.grpc import InferenceServerException, InferInput
+from tritonclient.grpc.auth import BasicAuth
 
 from aisle.errors import InputError, ServerError
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
-OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
+PATIENT_RETRIES = 20  # about a minute and a half
 # Triton's own limits: messages of any size, so that a batch of long texts fits.
 CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -29,6 +31,7 @@ class Prediction:
 
     categories: tuple[str, ...]
     confidences: tuple[float, ...]
+    version: int = 0  # of the model that answered
 
     @property
     def category(self) -> str:
@@ -54,6 +57,14 @@ class TLS:
     private_key: Path | None = None
     certificate_chain: Path | None = None
 
+    @staticmethod
+    def from_environment() -> TLS | None:
+        """Read AISLE_TLS_CA, AISLE_TLS_KEY and AISLE_TLS_CERT; AISLE_TLS=1 alone trusts the system's authorities."""
+        ca, key, chain = (
+            Path(name) if (name := os.environ.get(f"AISLE_TLS_{each}")) else None for each in ("CA", "KEY", "CERT")
+        )
+        return TLS(ca, key, chain) if ca or key or chain or os.environ.get("AISLE_TLS") == "1" else None
+
     def arguments(self) -> dict[str, Any]:
         """Return what tritonclient calls these."""
         files = {
@@ -64,6 +75,8 @@ class TLS:
         for path in files.values():
             if path is not None and not path.is_file():
                 raise InputError(f"{path}: no such file")
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise InputError("mutual TLS needs both the private key and the certificate")
         return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
 
 
@@ -81,6 +94,10 @@ class InvalidText(InputError):
 
 class Unavailable(ClassifierError):
     """No server answered, after all retries."""
+
+
+class Overloaded(ClassifierError):
+    """More requests were waiting than the server lets, which it said at once, or for too long. Ask again later."""
 
 
 def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
@@ -105,11 +122,16 @@ def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
 
 
 def predictions(result: Any) -> list[Prediction]:
-    """Read `category` and `confidence`, both [n, k]."""
+    """Read `category` and `confidence`, both [n, k], and which version answered.
+
+    That is the version of the response or, while a candidate answers some requests, what the output `version` says.
+    """
     categories = result.as_numpy("category")
     confidences = result.as_numpy("confidence")
+    tried = result.as_numpy("version")
+    version = int(result.get_response().model_version if tried is None else tried[0, 0])
     return [
-        Prediction(tuple(name.decode() for name in names), tuple(values))
+        Prediction(tuple(name.decode() for name in names), tuple(values), version)
         for names, values in zip(categories, confidences.tolist(), strict=True)
     ]
 
@@ -120,7 +142,13 @@ def translate(error: InferenceServerException) -> Exception:
     message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
     if status == "INVALID_ARGUMENT":
         return InvalidText(message)
-    if status == "UNAVAILABLE":
+    if "Exceeds maximum queue size" in message:
+        return Overloaded(status, message)
+    if "Request timeout expired" in message:  # it waited in the queue for as long as its caller would
+        return Overloaded("DEADLINE_EXCEEDED", message)
+    # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
+    passing = "is not healthy" in message or "has no available versions" in message
+    if status == "UNAVAILABLE" or passing:
         return Unavailable(status, message)
     return ClassifierError(status, message)
 
@@ -137,6 +165,7 @@ class Connection:
         timeout: float = 10.0,
         retries: int = 4,
         tls: TLS | None = None,
+        token: str = "",
         model_version: str = "",
         log: TrafficLog | None = None,
     ) -> None:
@@ -147,25 +176,48 @@ class Connection:
             timeout: seconds that one request may take.
             retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
             tls: encrypt the connection.
+            token: ``NAME:SECRET``, which a gateway that tells clients apart knows this one by.
             model_version: the version to ask for; by default the server's latest.
             log: gets a line for each answer; whoever opened it closes it.
 
         Raises:
-            InputError: a file of `tls` is missing.
+            InputError: a file of `tls` is missing, or `token` is of another form or would travel in the clear.
         """
+        if token and ":" not in token:
+            raise InputError("the token must be NAME:SECRET")
+        if token and tls is None:
+            raise InputError("a token is sent over TLS alone; name the server's authority (AISLE_TLS_CA)")
         self._timeout = timeout
+        self._queue_us = max(1, int(timeout * 1e6))  # a request that waits longer in a queue is dropped there
         self._retries = retries
         self._version = model_version
         self._log = log
         self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
+        if token:
+            self._client.register_plugin(BasicAuth(*token.split(":", 1)))
         self._max_batch: int | None = None
 
-    def _seconds_to_wait(self, error: InferenceServerException, attempt: int) -> float:
+    @classmethod
+    def from_environment(cls, url: str, *, timeout: float = 10.0, log: TrafficLog | None = None) -> Self:
+        """Connect as the commands do: TLS as `TLS.from_environment`, the token from AISLE_TOKEN.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        token = os.environ.get("AISLE_TOKEN", "")
+        return cls(url, timeout=timeout, tls=TLS.from_environment(), token=token, log=log)
+
+    def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.
 
-        Exponential backoff with full jitter; `attempt` counts from 0.
+        Exponential backoff with full jitter; `attempt` counts from 0. A server that is overloaded is left alone by
+        callers who wait for their answer: their retries would be the next overload. Whole files can wait for it, and
+        for one that is being started again.
         """
         translated = translate(error)
-        if not isinstance(translated, Unavailable) or attempt >= self._retries:
+        again = isinstance(translated, (Unavailable, Overloaded) if patient else Unavailable)
+        if not again or attempt >= (
+            max(self._retries, PATIENT_RETRIES) if patient and self._retries else self._retries
+        ):
             raise translated from None
-        return random.uniform(0, min(2.0, 0.1 * 2**attempt))
+        return random.uniform(0, min(8.0 if patient else 2.0, 0.1 * 2**attempt))

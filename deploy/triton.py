@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import importlib.util
 import os
 import shutil
@@ -18,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tritonclient.grpc import InferenceServerClient, InferenceServerException
-
-from aisle.build.repository import latest_version
-from aisle.console import say
+from aisle.deploy.access import HEADER, ServerTLS, closed
+from aisle.deploy.admin import Admin
+from aisle.deploy.release import Release
+from aisle.deploy.view import ENSEMBLE, View
 from aisle.errors import InputError, ServerError
 
 CONTAINER = Path("/opt/tritonserver")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
+DRAIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,16 @@ class Options:
     repository: Path
     host: str = "127.0.0.1"
     grpc_port: int = 8001
-    http_port: int = 8000
+    http_port: int | None = None  # HTTP is off unless asked for: it has neither TLS nor closed protocols
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
+    tls: ServerTLS | None = None
     model_config_name: str = ""  # picks MODEL/configs/NAME.pbtxt where there is one, as `gpu`
     cache_mb: int = 256  # of answers; 0 turns the response cache off
+
+    def describe(self) -> str:
+        encryption = f", {'mutual ' if self.tls.client_authority else ''}TLS" if self.tls else ""
+        return f"gRPC on {self.host}:{self.grpc_port}{encryption}, metrics on port {self.metrics_port}"
 
 
 def free_ports(count: int) -> list[int]:
@@ -52,46 +60,87 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@dataclass(frozen=True)
+class Triton:
+    """A server that runs, and what it takes to change the models that it serves."""
+
+    process: subprocess.Popen[bytes]
+    release: Release  # as it was started
+    view: View
+    admin: Admin
+    tap: Path  # the socket on which the router tells what happens
+
+
 @contextmanager
 def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Start Triton, wait until it is ready, stop it on leaving.
+    """Start Triton, wait until it is ready, stop it on leaving; nobody watches it meanwhile.
+
+    Raises:
+        InputError, ServerError: as `started`.
+    """
+    with started(options, log) as triton:
+        yield triton.process
+
+
+@contextmanager
+def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
+    """Start Triton, wait until it is ready; on leaving, have it answer the requests under way and stop it.
 
     Args:
         log: where its log goes; stderr by default.
 
     Raises:
-        InputError: the repository holds no built version, a port is taken, or there is no Triton here.
+        InputError: the repository holds no built version, a port is taken, a file of TLS cannot be used, or there is
+            no Triton here.
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
-    latest_version(repository)
+    release = Release.load(repository)
     _check_ports(options)
-    with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home:
+    with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
+        view = View(repository, Path(home, "models"), options.model_config_name)
+        try:
+            view.show(release.live)
+        except InputError as error:
+            raise ServerError(str(error)) from None
+        view.bind(release.live)
         shared_memory = f"aisle_{Path(home).name}_"
         command, environment = _installation(Path(home))
         command += [
-            f"--model-repository={repository}",
+            f"--model-repository={view.folder}",
+            "--model-control-mode=explicit",
+            f"--load-model={ENSEMBLE}",  # its steps come with it
+            "--strict-readiness=false",  # else the server counts as not ready while another version is loading
             f"--backend-config=python,shm-region-prefix-name={shared_memory}",
             f"--grpc-address={options.host}",
             f"--grpc-port={options.grpc_port}",
-            f"--http-address={options.host}",
-            f"--http-port={options.http_port}",
-            f"--metrics-address={options.host}",
+            restriction,
+            f"--metrics-address={options.metrics_host}",
             f"--metrics-port={options.metrics_port}",
             "--disable-auto-complete-config",
             "--exit-timeout-secs=10",
         ]
-        if options.model_config_name:
-            command += [f"--model-config-name={options.model_config_name}"]
+        restricted, key = restriction.partition("=")[2], restriction.rpartition("=")[2]
+        command += [f"--http-restricted-api={restricted}"]
+        if options.http_port is None:
+            address: Path | tuple[str, int] = Path(home, "http")
+            command += [f"--http-address=unix:{address}", "--http-port=1"]
+        else:
+            address = options.host, options.http_port
+            command += [f"--http-address={options.host}", f"--http-port={options.http_port}"]
+        if options.tls:
+            command += options.tls.arguments()
         if options.cache_mb:
             command += [f"--cache-config=local,size={options.cache_mb << 20}"]
         process = subprocess.Popen(
             command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
         )
+        admin = Admin(address, {HEADER.removeprefix("triton-grpc-protocol-"): key})
         try:
-            _wait_until_ready(process, f"{options.host}:{options.grpc_port}")
-            yield process
+            _wait_until_ready(process, options)
+            yield Triton(process, release, view, admin, Path(home, "tap"))
         finally:
+            _drain(process, admin)
             stop(process)
             for leftover in Path("/dev/shm").glob(f"{shared_memory}*"):
                 leftover.unlink(missing_ok=True)
@@ -99,33 +148,34 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
 
 def _check_ports(options: Options) -> None:
     """Make sure that nobody else listens: the readiness of another server would be taken for this one's."""
-    for name in ("grpc_port", "http_port", "metrics_port"):
-        port = getattr(options, name)
+    wanted = {
+        "--grpc-port": (options.host, options.grpc_port),
+        "--http-port": (options.host, options.http_port),
+        "--metrics-port": (options.metrics_host, options.metrics_port),
+    }
+    for option, (host, port) in wanted.items():
+        if port is None:
+            continue
         try:
-            socket.create_server((options.host, port)).close()
+            socket.create_server((host, port)).close()
         except OSError as error:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"cannot listen on {options.host}:{port} ({error.strerror}); see {option}") from None
+            raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); see {option}") from None
 
 
-def serve_forever(options: Options) -> int:
-    """Run the server until it ends or this process is told to stop; return the exit code.
-
-    Raises:
-        InputError, ServerError: as `running`.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_serving)
+def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:
+    """Let requests under way be answered: told to stop, Triton itself would fail them between two steps."""
+    admin.close()
+    deadline, admin = time.monotonic() + DRAIN_SECONDS, admin.another(DRAIN_SECONDS)
     try:
-        with running(options) as process:
-            say(f"ready: gRPC on {options.host}:{options.grpc_port}, metrics on port {options.metrics_port}")
-            return process.wait()
-    except KeyboardInterrupt:
-        return 0
-
-
-def _stop_serving(*_: object) -> None:
-    raise KeyboardInterrupt
+        while process.poll() is None and time.monotonic() < deadline:
+            admin.unload(ENSEMBLE)
+            if not any(s == "UNLOADING" for (model, _), s in admin.states().items() if model == ENSEMBLE):
+                return
+            time.sleep(0.05)
+    except ServerError:
+        pass  # it had not come so far, or is no more
+    finally:
+        admin.close()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -189,16 +239,20 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], options: Options) -> None:
+    """Wait for the metrics: Triton offers them last, after models and gRPC, and to callers without a certificate."""
     deadline = time.monotonic() + START_SECONDS
-    with InferenceServerClient(url) as client:
-        while process.poll() is None:
-            try:
-                if client.is_server_ready():
-                    return
-            except InferenceServerException:
-                pass
-            if time.monotonic() > deadline:
-                raise ServerError(f"Triton was not ready within {START_SECONDS:.0f} s; its log says why")
-            time.sleep(0.1)
+    while process.poll() is None:
+        metrics = http.client.HTTPConnection(options.metrics_host, options.metrics_port, timeout=START_SECONDS)
+        try:
+            metrics.request("HEAD", "/metrics")
+            metrics.getresponse()
+            return
+        except OSError:
+            pass
+        finally:
+            metrics.close()
+        if time.monotonic() > deadline:
+            raise ServerError(f"Triton was not ready within {START_SECONDS:.0f} s; its log says why")
+        time.sleep(0.1)
     raise ServerError(f"Triton ended with exit code {process.returncode} before it was ready; its log says why")

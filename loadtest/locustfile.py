@@ -44,7 +44,7 @@ class Service(User):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        self.classifier = Classifier(self.host or "localhost:8001")
+        self.classifier = Classifier.from_environment(self.host or "localhost:8001")
 
     def on_stop(self) -> None:
         self.classifier.close()

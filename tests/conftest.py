@@ -22,9 +22,9 @@ from aisle.train.train import Settings, train
 @dataclass(frozen=True)
 class Server:
     url: str
-    http: str
     metrics: str
     labels: int
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +53,11 @@ def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def server(repository: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from aisle.train.checkpoint import read_labels
 
-    grpc, http, metrics = free_ports(3)
-    options = Options(repository, grpc_port=grpc, http_port=http, metrics_port=metrics)
-    with (tmp_path_factory.mktemp("log") / "triton.log").open("wb") as log, running(options, log):
-        urls = [f"localhost:{port}" for port in (grpc, http, metrics)]
-        yield Server(urls[0], urls[1], urls[2], len(read_labels(checkpoint)))
+    grpc, metrics = free_ports(2)
+    options = Options(repository, grpc_port=grpc, metrics_port=metrics)
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with log.open("wb") as file, running(options, file):
+        yield Server(f"localhost:{grpc}", f"localhost:{metrics}", len(read_labels(checkpoint)), log)
 
 
 @pytest.fixture(scope="session")

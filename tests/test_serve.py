@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput
@@ -169,8 +170,8 @@ def test_texts_of_different_lengths_meet_in_one_execution(
 
 
 def test_health_and_metrics(server: Server) -> None:
-    for path in ("live", "ready"):
-        assert urllib.request.urlopen(f"http://{server.http}/v2/health/{path}").status == 200
+    with grpc.insecure_channel(server.url) as channel:  # the check that Kubernetes and Envoy know
+        assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"  # status: SERVING
     metrics = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
     for name in ("nv_inference_count", "nv_inference_exec_count", "nv_cache_num_hits_per_model"):
         assert f'{name}{{model="product_classifier"' in metrics or f'{name}{{model="encoder"' in metrics

@@ -23,9 +23,9 @@ from .conftest import Server
 
 def serving(repository: Path) -> tuple[subprocess.Popen[str], str]:
     """Start `aisle serve` as a user would; return it, ready, and its URL."""
-    grpc, http, metrics = map(str, free_ports(3))
+    grpc, metrics = map(str, free_ports(2))
     command = [sys.executable, "-m", "aisle", "serve", "--repository", str(repository)]
-    command += ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
+    command += ["--grpc-port", grpc, "--metrics-port", metrics]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert any(line.startswith("ready: ") for line in process.stderr)
@@ -65,21 +65,21 @@ def test_nothing_is_left_running(repository: Path, how: signal.Signals) -> None:
 
 def test_shared_memory_is_given_back(repository: Path) -> None:
     before = set(os.listdir("/dev/shm"))
-    grpc, http, metrics = free_ports(3)
-    with running(Options(repository, grpc_port=grpc, http_port=http, metrics_port=metrics)):
+    grpc, metrics = free_ports(2)
+    with running(Options(repository, grpc_port=grpc, metrics_port=metrics)):
         assert set(os.listdir("/dev/shm")) > before
     assert set(os.listdir("/dev/shm")) <= before
 
 
 def test_a_server_that_cannot_start_says_so(repository: Path, server: Server, tmp_path: Path) -> None:
-    grpc, http, metrics = free_ports(3)
-    taken = Options(repository, grpc_port=int(server.url.partition(":")[2]), http_port=http, metrics_port=metrics)
+    grpc, metrics = free_ports(2)
+    taken = Options(repository, grpc_port=int(server.url.partition(":")[2]), metrics_port=metrics)
     with pytest.raises(InputError, match="--grpc-port"), running(taken):
         pass
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy, symlinks=True)
     (copy / "encoder" / "1" / "model.xml").write_text("<net>")
-    damaged = Options(copy, grpc_port=grpc, http_port=http, metrics_port=metrics)
+    damaged = Options(copy, grpc_port=grpc, metrics_port=metrics)
     with (
         (tmp_path / "log").open("wb") as log,
         pytest.raises(ServerError, match="its log says why"),
@@ -92,8 +92,8 @@ def test_a_server_that_cannot_start_says_so(repository: Path, server: Server, tm
 def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "repository", "openvino", "int8")
     texts = ["红富士苹果 5斤装", "手机壳 磨砂防摔", "wireless earbuds"]
-    grpc, http, metrics = free_ports(3)
-    options = Options(tmp_path / "repository", grpc_port=grpc, http_port=http, metrics_port=metrics)
+    grpc, metrics = free_ports(2)
+    options = Options(tmp_path / "repository", grpc_port=grpc, metrics_port=metrics)
     with running(options), Classifier(f"localhost:{grpc}") as other:
         for ours, theirs in zip(classifier.classify(texts), other.classify(texts), strict=True):
             assert ours.category == theirs.category
@@ -103,8 +103,8 @@ def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, 
 @pytest.mark.skipif(bool(gpu_name()), reason="refusal by a machine without a GPU")
 def test_a_plan_is_not_served_without_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "repository", "tensorrt-rtx", "fp16")
-    grpc, http, metrics = free_ports(3)
-    options = Options(tmp_path / "repository", grpc_port=grpc, http_port=http, metrics_port=metrics)
+    grpc, metrics = free_ports(2)
+    options = Options(tmp_path / "repository", grpc_port=grpc, metrics_port=metrics)
     with (tmp_path / "log").open("wb") as log, pytest.raises(ServerError), running(options, log):
         pass
     assert "a TensorRT-RTX plan needs an NVIDIA GPU and its driver; found none" in (tmp_path / "log").read_text()

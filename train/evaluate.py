@@ -178,7 +178,7 @@ def _checkpoint_predictor(checkpoint: Path, labels: list[str]) -> Predict:
 
 def _server_predictor(url: str) -> Predict:
     def predict(texts: Sequence[str]) -> list[Prediction | Failure]:
-        with Classifier(url) as classifier:
+        with Classifier.from_environment(url) as classifier:
             answers = classifier.stream(texts, largest_top_k(classifier, TOP_K))
             return list(track(answers, "evaluating", total=len(texts)))
 

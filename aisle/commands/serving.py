@@ -24,15 +24,35 @@ def serve(
     repository: Repository = Path("model_repository"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     grpc_port: int = 8001,
-    http_port: int = 8000,
+    http_port: Annotated[int | None, typer.Option(help="Offers HTTP too, which is plain text.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of the metrics; 0.0.0.0 for all.")] = "127.0.0.1",
     metrics_port: int = 8002,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM: the server's certificate; turns TLS on.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM: the authority of the clients; turns mutual TLS on.")
+    ] = None,
     model_config_name: Annotated[str, typer.Option(help="Picks MODEL/configs/NAME.pbtxt; 'gpu' on a GPU.")] = "",
     cache_mb: Annotated[int, typer.Option(min=0, help="Response cache in MiB; 0 turns it off.")] = 256,
 ) -> None:
-    """Serve the model repository with Triton until stopped."""
-    from aisle.deploy.triton import Options, serve_forever
+    """Serve the model repository with Triton until stopped: restarted when it fails, changed by `aisle deploy`."""
+    from aisle.deploy.access import ServerTLS
+    from aisle.deploy.supervise import serve_forever
+    from aisle.deploy.triton import Options
 
-    options = Options(repository, host, grpc_port, http_port, metrics_port, model_config_name, cache_mb)
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
+        raise InputError("TLS needs both --tls-cert and --tls-key; mutual TLS needs --tls-client-ca besides")
+    options = Options(
+        repository,
+        host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+        tls=ServerTLS(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        model_config_name=model_config_name,
+        cache_mb=cache_mb,
+    )
     sys.exit(serve_forever(options))
 
 
@@ -58,7 +78,7 @@ def classify(
         raise InputError("--keep-text is about a log; say with --log where it is")
     with (
         TrafficLog(log, keep_text) if log else nullcontext() as traffic,
-        Classifier(url, timeout=timeout, log=traffic) as classifier,
+        Classifier.from_environment(url, timeout=timeout, log=traffic) as classifier,
     ):
         if out is not None:
             if len(what) != 1:

@@ -1,0 +1,78 @@
+"""More callers than the server can serve: some are refused at once, the others are answered."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from aisle.client import Classifier, Overloaded
+from aisle.client.bulk import classify_file
+from aisle.deploy.triton import Options, free_ports, running
+from aisle.preprocess.table import read_rows, write_rows
+
+LONG = "红富士苹果 " * 60
+
+
+@pytest.fixture(scope="module")
+def url(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose encoder lets two requests wait, for a second at most."""
+    folder = tmp_path_factory.mktemp("overload")
+    copy = folder / "repository"
+    shutil.copytree(repository, copy, symlinks=True)
+    config = copy / "encoder" / "config.pbtxt"
+    text = config.read_text("utf-8")
+    for name, value in (("max_queue_size", 2), ("default_timeout_microseconds", 1_000_000)):
+        text, count = re.subn(rf"{name}: \d+", f"{name}: {value}", text)
+        assert count == 1
+    config.write_text(text, "utf-8")
+    grpc, metrics = free_ports(2)
+    options = Options(copy, grpc_port=grpc, metrics_port=metrics, cache_mb=0)
+    with (folder / "log").open("wb") as log, running(options, log):
+        yield f"localhost:{grpc}"
+
+
+def test_those_over_the_queue_cost_nothing_and_the_others_are_answered(url: str) -> None:
+    with (
+        Classifier(url, timeout=60) as classifier,
+        InferenceServerClient(url) as triton,
+        ThreadPoolExecutor(32) as pool,
+    ):
+        expected = classifier.classify([LONG])[0]
+
+        def encoded() -> int:
+            return int(triton.get_inference_statistics("encoder").model_stats[0].inference_count)
+
+        def ask(_: int) -> int | str:
+            try:
+                answers = classifier.classify([LONG] * 64)
+            except Overloaded as refusal:
+                return refusal.status
+            return len([answer for answer in answers if answer.category == expected.category])
+
+        before = encoded()
+        outcomes = list(pool.map(ask, range(32)))
+        answered = [each for each in outcomes if isinstance(each, int)]
+        assert set(answered) == {64}
+        assert set(outcomes) - {64, "DEADLINE_EXCEEDED"} == {"UNAVAILABLE"}
+        assert encoded() - before == 64 * len(answered)  # the engine has seen none of those refused or dropped
+        assert classifier.classify([LONG])[0].category == expected.category  # with the callers, the overload goes
+
+
+def test_a_file_is_finished_all_the_same(url: str, tmp_path: Path) -> None:
+    """Single calls leave an overloaded server alone; a whole file waits for its turn, and loses nothing."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [f"苹果 {i}" for i in range(640)]
+    write_rows(source, lambda: ({"text": text} for text in texts), ["text"])
+    with Classifier(url, timeout=60) as classifier, ThreadPoolExecutor(4) as pool:
+        classifier.classify(["好"])
+        jam = [pool.submit(lambda: list(classifier.stream(texts))) for _ in range(4)]
+        result = classify_file(classifier, source, out, "text", top_k=1)
+        assert (result["rows"], result["errors"]) == (640, 0)
+        assert [row["text"] for row in read_rows(out)] == texts
+        assert all(len(future.result()) == len(texts) for future in jam)
