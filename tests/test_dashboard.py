@@ -29,9 +29,9 @@ ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "aisle.json").read_text("utf-8"))
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
-RULES: list[dict[str, Any]] = [
-    rule for group in yaml.safe_load(ALERTS.read_text("utf-8"))["groups"] for rule in group["rules"]
-]
+GROUPS: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text("utf-8"))["groups"]
+RULES: list[dict[str, Any]] = [rule for group in GROUPS for rule in group["rules"]]
+CASES = sorted((ROOT / "tests" / "alerts").glob("*.yaml"))
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 
 
