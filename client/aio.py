@@ -11,6 +11,7 @@ from tritonclient.grpc import InferenceServerException
 from tritonclient.grpc.aio import InferenceServerClient
 
 from aisle.client.protocol import IN_FLIGHT, MODEL, Connection, Prediction, inputs, predictions
+from aisle.client.tracing import request_span
 
 
 class AsyncClassifier(Connection):
@@ -54,11 +55,17 @@ class AsyncClassifier(Connection):
 
     async def _request(self, texts: Sequence[str | bytes], top_k: int) -> list[Prediction]:
         tensors = inputs(texts, top_k)
-        result = await self._retrying(
-            lambda: self._client.infer(
-                MODEL, tensors, self._version, client_timeout=self._timeout, timeout=self._queue_us
+        with request_span(len(texts)) as headers:
+            result = await self._retrying(
+                lambda: self._client.infer(
+                    MODEL,
+                    tensors,
+                    self._version,
+                    client_timeout=self._timeout,
+                    timeout=self._queue_us,
+                    headers=headers,
+                )
             )
-        )
         answers = predictions(result)
         if self._log:
             self._log.record(texts, answers)

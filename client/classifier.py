@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cached_property
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from aisle.client.protocol import (
     inputs,
     predictions,
 )
+from aisle.client.tracing import request_span
 
 Text = str | bytes
 Answers = list[Prediction | Failure]
@@ -93,7 +95,8 @@ class Classifier(Connection):
         pending: deque[Future[Any]] = deque()
         try:
             for batch in batches:
-                pending.append(self._threads.submit(request, batch, top_k))
+                context = copy_context()  # of the caller: its trace goes on in the thread
+                pending.append(self._threads.submit(context.run, request, batch, top_k))
                 if len(pending) == IN_FLIGHT:
                     yield pending.popleft().result()
             while pending:
@@ -110,12 +113,18 @@ class Classifier(Connection):
 
     def _ask(self, texts: list[Text], top_k: int, patient: bool) -> list[Prediction]:
         tensors = inputs(texts, top_k)
-        answer = self._retrying(
-            lambda: self._client.infer(
-                MODEL, tensors, self._version, client_timeout=self._timeout, timeout=self._queue_us
-            ),
-            patient,
-        )
+        with request_span(len(texts)) as headers:
+            answer = self._retrying(
+                lambda: self._client.infer(
+                    MODEL,
+                    tensors,
+                    self._version,
+                    client_timeout=self._timeout,
+                    timeout=self._queue_us,
+                    headers=headers,
+                ),
+                patient,
+            )
         return predictions(answer)
 
     def _request_each(self, texts: list[Text | None], top_k: int) -> Answers:

@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
 PATIENT_RETRIES = 20  # about a minute and a half
-# Triton's own limits: messages of any size, so that a batch of long texts fits.
-CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+CHANNEL = [
+    # Triton's own limits: messages of any size, so that a batch of long texts fits.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Where the name has several addresses, each is a server, and each request goes to the next that is reachable.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+]
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,8 @@ class Connection:
         """Name the server; the first call connects.
 
         Args:
-            url: host:port of its gRPC endpoint.
+            url: host:port of its gRPC endpoint. Where the name has several addresses, as that of a headless service,
+                requests take turns among them; `ipv4:10.0.0.1:8001,10.0.0.2:8001` lists them.
             timeout: seconds that one request may take.
             retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
             tls: encrypt the connection.

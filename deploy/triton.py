@@ -45,6 +45,8 @@ class Options:
     tls: ServerTLS | None = None
     model_config_name: str = ""  # picks MODEL/configs/NAME.pbtxt where there is one, as `gpu`
     cache_mb: int = 256  # of answers; 0 turns the response cache off
+    trace_url: str = ""  # where OpenTelemetry's spans go (OTLP over HTTP), as http://collector:4318/v1/traces
+    trace_one_in: int = 1000  # of the requests that bring no trace context; all that bring one are traced
 
     def describe(self) -> str:
         encryption = f", {'mutual ' if self.tls.client_authority else ''}TLS" if self.tls else ""
@@ -132,6 +134,8 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
             command += options.tls.arguments()
         if options.cache_mb:
             command += [f"--cache-config=local,size={options.cache_mb << 20}"]
+        if options.trace_url:
+            command += [f"--trace-config={setting}" for setting in _tracing(options)]
         process = subprocess.Popen(
             command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
         )
@@ -232,6 +236,17 @@ def python_library() -> str:
         if (folder / name).exists():
             return str(folder)
     raise InputError(f"Triton's Python backend needs {name}: apt-get install libpython{PYTHON}")
+
+
+def _tracing(options: Options) -> list[str]:
+    """Return Triton's settings for a span of each request and of each step of the ensemble."""
+    return [
+        "mode=opentelemetry",
+        "level=TIMESTAMPS",
+        f"rate={options.trace_one_in}",
+        f"opentelemetry,url={options.trace_url}",
+        "opentelemetry,resource=service.name=aisle",
+    ]
 
 
 def _end_with_parent() -> None:

@@ -34,14 +34,20 @@ def serve(
     ] = None,
     model_config_name: Annotated[str, typer.Option(help="Picks MODEL/configs/NAME.pbtxt; 'gpu' on a GPU.")] = "",
     cache_mb: Annotated[int, typer.Option(min=0, help="Response cache in MiB; 0 turns it off.")] = 256,
+    trace_url: Annotated[str, typer.Option(help="OTLP/HTTP endpoint for traces, as http://HOST:4318/v1/traces.")] = "",
+    trace_one_in: Annotated[int, typer.Option(min=1, help="Trace one in N of the requests without a trace.")] = 1000,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
     """Serve the model repository with Triton until stopped: restarted when it fails, changed by `aisle deploy`."""
     from aisle.deploy.access import ServerTLS
+    from aisle.deploy.logs import stderr_as_json
     from aisle.deploy.supervise import serve_forever
     from aisle.deploy.triton import Options
 
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
         raise InputError("TLS needs both --tls-cert and --tls-key; mutual TLS needs --tls-client-ca besides")
+    if log_json:
+        stderr_as_json()
     options = Options(
         repository,
         host,
@@ -52,6 +58,8 @@ def serve(
         tls=ServerTLS(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
         model_config_name=model_config_name,
         cache_mb=cache_mb,
+        trace_url=trace_url,
+        trace_one_in=trace_one_in,
     )
     sys.exit(serve_forever(options))
 
