@@ -83,11 +83,12 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
 
 
 @contextmanager
-def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
+def started(options: Options, log: IO[bytes] | None = None, release: Release | None = None) -> Iterator[Triton]:
     """Start Triton, wait until it is ready; on leaving, have it answer the requests under way and stop it.
 
     Args:
         log: where its log goes; stderr by default.
+        release: what to serve; by default what the repository says.
 
     Raises:
         InputError: the repository holds no built version, a port is taken, a file of TLS cannot be used, or there is
@@ -95,7 +96,7 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
-    release = Release.load(repository)
+    release = release or Release.load(repository)
     _check_ports(options)
     with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
         view = View(repository, Path(home, "models"), options.model_config_name)
