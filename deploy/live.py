@@ -10,7 +10,7 @@ from typing import Any
 
 from aisle.build.repository import check_version, latest_version, versions
 from aisle.console import track
-from aisle.deploy.release import RELEASE, Release, Status, servers
+from aisle.deploy.release import RELEASE, TRIAL_SECONDS, Release, Status, servers
 from aisle.errors import InputError, ServerError
 
 FOLLOW_SECONDS = 600.0  # for loading the new version; a server that says nothing for so long is not waited for
@@ -109,7 +109,7 @@ def _observe(repository: Path, seconds: int, description: str) -> dict[str, Any]
     """Let live traffic flow for some seconds; return what all servers saw, added up."""
     for _ in track(range(seconds), description, seconds):
         time.sleep(1)
-    time.sleep(2 * POLL_SECONDS)
+    time.sleep(2 * TRIAL_SECONDS)  # what was seen last must be reported too
     return total(servers(repository))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from aisle.build.repository import PYTHON_MODELS
 from aisle.console import say
 from aisle.deploy.admin import Admin
-from aisle.deploy.release import HEARTBEAT_SECONDS, RELEASE, Release, Status
+from aisle.deploy.release import HEARTBEAT_SECONDS, RELEASE, TRIAL_SECONDS, Release, Status
 from aisle.deploy.triton import Options, Triton, started
 from aisle.deploy.view import ENSEMBLE, ensemble_of
 from aisle.errors import InputError, ServerError
@@ -97,7 +97,7 @@ class Supervisor:
             while self._triton.process.poll() is None:
                 self._heal()
                 self._follow(tap)
-                if time.monotonic() - beat > HEARTBEAT_SECONDS:
+                if time.monotonic() - beat > (HEARTBEAT_SECONDS if self.release.candidate is None else TRIAL_SECONDS):
                     beat = time.monotonic()
                     self._report(tap)
                 with contextlib.suppress(subprocess.TimeoutExpired):

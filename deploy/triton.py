@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import http.client
 import importlib.util
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,8 +136,14 @@ def started(options: Options, log: IO[bytes] | None = None, release: Release | N
         if options.cache_mb:
             command += [f"--cache-config=local,size={options.cache_mb << 20}"]
         process = subprocess.Popen(
-            command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
+            command,
+            env=environment,
+            stdout=log or sys.stderr,
+            stderr=log,
+            preexec_fn=_end_with_parent,
+            start_new_session=True,  # so that Ctrl-C reaches us alone, who let it finish
         )
+        threading.Thread(target=_sweep, args=(process,), daemon=True).start()
         admin = Admin(address, {HEADER.removeprefix("triton-grpc-protocol-"): key})
         try:
             _wait_until_ready(process, options)
@@ -161,6 +169,13 @@ def _check_ports(options: Options) -> None:
             socket.create_server((host, port)).close()
         except OSError as error:
             raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); see {option}") from None
+
+
+def _sweep(process: subprocess.Popen[bytes]) -> None:
+    """End with Triton its Python processes: one that is just starting would miss it, and keep our connection open."""
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:
