@@ -57,8 +57,9 @@ class Admin:
             ServerError: the model did not answer.
         """
         inputs = [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}]
-        answer = self._post(f"/v2/models/{model}/infer", {"inputs": inputs, "outputs": [{"name": "category"}]})
-        return list(answer["outputs"][0]["data"])
+        # All outputs, for the response cache would hand what was left out here to callers who want it.
+        answer = self._post(f"/v2/models/{model}/infer", {"inputs": inputs})
+        return next(list(output["data"]) for output in answer["outputs"] if output["name"] == "category")
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         try:

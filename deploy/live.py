@@ -10,7 +10,7 @@ from typing import Any
 
 from aisle.build.repository import check_version, latest_version, versions
 from aisle.console import track
-from aisle.deploy.release import Release, Status, servers
+from aisle.deploy.release import RELEASE, TRIAL_SECONDS, Release, Status, servers
 from aisle.errors import InputError, ServerError
 
 FOLLOW_SECONDS = 600.0  # for loading the new version; a server that says nothing for so long is not waited for
@@ -41,7 +41,7 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
     if version not in versions(repository):
         raise InputError(f"{repository} holds no version {version}; it has {', '.join(map(str, versions(repository)))}")
     check_version(repository, version)
-    release = Release.load(repository)
+    release = _current(repository, version)
     result: dict[str, Any] = {"version": version, "previous": release.live, "servers": len(servers(repository))}
     if version == release.live:
         return {**result, "previous": release.previous, "changed": False}
@@ -59,8 +59,7 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
         shifted = Release(version, steady.live, revision=release.revision)
         _follow(repository, shifted, "shifting")
     except BaseException:  # stopped by hand as well
-        latest = Release.load(repository)
-        replace(steady, revision=latest.revision).save(repository)
+        replace(steady, revision=Release.load(repository).revision).save(repository)
         raise
     return {**result, "changed": True}
 
@@ -78,6 +77,14 @@ def rollback(repository: Path) -> dict[str, Any]:
     check_version(repository, release.previous)
     _follow(repository, Release(release.previous, release.live, revision=release.revision), "shifting back")
     return {"version": release.previous, "previous": release.live, "servers": len(servers(repository))}
+
+
+def _current(repository: Path, version: int) -> Release:
+    """Return what is served now: where nothing was ever deployed, the version that a server was started with."""
+    if (repository / RELEASE).exists():
+        return Release.load(repository)
+    running, others = servers(repository), [each for each in versions(repository) if each != version]
+    return Release(running[0].live if running else (others or [version])[-1])
 
 
 def _follow(repository: Path, release: Release, what: str) -> Release:
@@ -102,7 +109,7 @@ def _observe(repository: Path, seconds: int, description: str) -> dict[str, Any]
     """Let live traffic flow for some seconds; return what all servers saw, added up."""
     for _ in track(range(seconds), description, seconds):
         time.sleep(1)
-    time.sleep(2 * POLL_SECONDS)
+    time.sleep(2 * TRIAL_SECONDS)  # what was seen last must be reported too
     return total(servers(repository))
 
 

@@ -20,6 +20,7 @@ from aisle.errors import InputError
 RELEASE = "release.json"
 SERVERS = ".servers"
 HEARTBEAT_SECONDS = 2.0
+TRIAL_SECONDS = 0.5  # the same, while a candidate is tried
 GONE_SECONDS = 15.0  # without a heartbeat
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from aisle.build.repository import PYTHON_MODELS
 from aisle.console import say
 from aisle.deploy.admin import Admin
-from aisle.deploy.release import HEARTBEAT_SECONDS, RELEASE, Release, Status
+from aisle.deploy.release import HEARTBEAT_SECONDS, RELEASE, TRIAL_SECONDS, Release, Status
 from aisle.deploy.triton import Options, Triton, started
 from aisle.deploy.view import ENSEMBLE, ensemble_of
 from aisle.errors import InputError, ServerError
@@ -36,14 +36,15 @@ def serve_forever(options: Options) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_serving)
     starts: deque[float] = deque(maxlen=RESTARTS + 1)
+    release: Release | None = None
+    status = Status(f"{options.host}:{options.grpc_port}")
     try:
         while True:
             starts.append(time.monotonic())
             try:
-                with started(options) as triton:
-                    say(f"ready: {options.describe()}, version {triton.release.live}")
-                    Supervisor(triton, options).run()
-                say(f"Triton ended with exit code {triton.process.returncode}; starting it again")
+                with started(options, release=release) as triton:
+                    code, release = watch(triton, options, status)
+                say(f"Triton ended with exit code {code}; starting it again")
             except (InputError, ServerError) as error:
                 if len(starts) == 1:
                     raise
@@ -54,6 +55,19 @@ def serve_forever(options: Options) -> int:
             time.sleep(min(8.0, 0.25 * 2 ** len([each for each in starts if each > time.monotonic() - 60])))
     except KeyboardInterrupt:
         return 0
+    finally:
+        status.remove(options.repository)
+
+
+def watch(triton: Triton, options: Options, status: Status) -> tuple[int, Release]:
+    """Look after Triton until it ends; return its exit code and what it served, which the next one begins with."""
+    say(f"ready: {options.describe()}, version {triton.release.live}")
+    supervisor = Supervisor(triton, options, status)
+    supervisor.run()
+    if supervisor.release.candidate is not None and not status.error:
+        status.error = f"Triton ended while version {supervisor.release.candidate} was tried"
+    status.write(options.repository)
+    return int(triton.process.returncode), Release(supervisor.release.live)
 
 
 def _stop_serving(*_: object) -> None:
@@ -63,12 +77,15 @@ def _stop_serving(*_: object) -> None:
 class Supervisor:
     """Watches one run of Triton."""
 
-    def __init__(self, triton: Triton, options: Options) -> None:
+    def __init__(self, triton: Triton, options: Options, status: Status) -> None:
         self._triton = triton
         self._options = options
         self._repository = options.repository.resolve()
-        self._status = Status(f"{options.host}:{options.grpc_port}", triton.release.revision, triton.release.live)
-        self._release = triton.release
+        self._status = status
+        status.live = triton.release.live
+        if not status.error:  # else Triton ended over this revision, which is not tried again
+            status.revision = triton.release.revision
+        self.release = triton.release
         self._written: object = None
         self._stubs = _stubs(triton.process.pid)
         self._leaving: set[int] = set()  # replaced by us, and ending when their last request is answered
@@ -80,12 +97,11 @@ class Supervisor:
             while self._triton.process.poll() is None:
                 self._heal()
                 self._follow(tap)
-                if time.monotonic() - beat > HEARTBEAT_SECONDS:
+                if time.monotonic() - beat > (HEARTBEAT_SECONDS if self.release.candidate is None else TRIAL_SECONDS):
                     beat = time.monotonic()
                     self._report(tap)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._triton.process.wait(WATCH_SECONDS)
-        self._status.remove(self._repository)
 
     def _report(self, tap: Tap) -> None:
         self._status.traffic = tap.figures()
@@ -120,18 +136,18 @@ class Supervisor:
         if changed == self._written:
             return
         self._written = changed
+        before = set(_stubs(self._triton.process.pid))
         try:
             wanted = Release.load(self._repository)
             if wanted.revision == self._status.revision:
                 return
             self._status.revision, self._status.error = wanted.revision, ""
-            before = set(_stubs(self._triton.process.pid))
-            change(self._triton, self._release, wanted)
+            change(self._triton, self.release, wanted)
         except (InputError, ServerError) as error:
             self._status.error = " ".join(str(error).split())
-            say(f"version {self._release.live} goes on serving: {self._status.error}")
+            say(f"version {self.release.live} goes on serving: {self._status.error}")
         else:
-            self._release = wanted
+            self.release = wanted
             self._status.live = wanted.live
             tap.follow(wanted)
             say(f"release {wanted.revision}: {_described(wanted)}")

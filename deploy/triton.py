@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import http.client
 import importlib.util
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,11 +87,12 @@ def running(options: Options, log: IO[bytes] | None = None) -> Iterator[subproce
 
 
 @contextmanager
-def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
+def started(options: Options, log: IO[bytes] | None = None, release: Release | None = None) -> Iterator[Triton]:
     """Start Triton, wait until it is ready; on leaving, have it answer the requests under way and stop it.
 
     Args:
         log: where its log goes; stderr by default.
+        release: what to serve; by default what the repository says.
 
     Raises:
         InputError: the repository holds no built version, a port is taken, a file of TLS cannot be used, or there is
@@ -97,7 +100,7 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
-    release = Release.load(repository)
+    release = release or Release.load(repository)
     _check_ports(options)
     with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
         view = View(repository, Path(home, "models"), options.model_config_name)
@@ -137,8 +140,14 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[Triton]:
         if options.trace_url:
             command += [f"--trace-config={setting}" for setting in _tracing(options)]
         process = subprocess.Popen(
-            command, env=environment, stdout=log or sys.stderr, stderr=log, preexec_fn=_end_with_parent
+            command,
+            env=environment,
+            stdout=log or sys.stderr,
+            stderr=log,
+            preexec_fn=_end_with_parent,
+            start_new_session=True,  # so that Ctrl-C reaches us alone, who let it finish
         )
+        threading.Thread(target=_sweep, args=(process,), daemon=True).start()
         admin = Admin(address, {HEADER.removeprefix("triton-grpc-protocol-"): key})
         try:
             _wait_until_ready(process, options)
@@ -164,6 +173,13 @@ def _check_ports(options: Options) -> None:
             socket.create_server((host, port)).close()
         except OSError as error:
             raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); see {option}") from None
+
+
+def _sweep(process: subprocess.Popen[bytes]) -> None:
+    """End with Triton its Python processes: one that is just starting would miss it, and keep our connection open."""
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _drain(process: subprocess.Popen[bytes], admin: Admin) -> None:

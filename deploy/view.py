@@ -91,7 +91,7 @@ class View:
     def route(self, release: Release, tap: Path) -> None:
         """Put a router in the ensemble's place, which shares the requests out between two versions."""
         config = self._config(ENSEMBLE)
-        interface = config[config.index("input [") : config.index("ensemble_scheduling")]
+        interface = config[config.index("max_batch_size") : config.index("ensemble_scheduling")]
         interface = re.sub(r"response_cache \{[^}]*\}", "", interface).rstrip()
         version = '  { name: "version" data_type: TYPE_INT32 dims: [ 1 ] }\n]'
         parameters = {
@@ -102,7 +102,7 @@ class View:
             "tap": str(tap),
         }
         lines = [
-            f'name: "{ENSEMBLE}"\nbackend: "python"\nmax_batch_size: 64',
+            f'name: "{ENSEMBLE}"\nbackend: "python"',
             interface[: interface.rindex("]")].rstrip() + ",\n" + version,
             "instance_group [ { count: 2 kind: KIND_CPU } ]\ndynamic_batching { }",
             *(

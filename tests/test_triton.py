@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from aisle.build.build import build
+from aisle.build.repository import MANIFEST
 from aisle.build.tensorrt import gpu_name
 from aisle.client import Classifier
 from aisle.deploy.triton import Options, free_ports, running
 from aisle.errors import InputError, ServerError
+from aisle.preprocess.table import fingerprint
 
 from .conftest import Server
 
@@ -78,8 +81,13 @@ def test_a_server_that_cannot_start_says_so(repository: Path, server: Server, tm
         pass
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy, symlinks=True)
-    (copy / "encoder" / "1" / "model.xml").write_text("<net>")
+    engine = copy / "encoder" / "1" / "model.xml"
+    engine.write_text("<net>")
     damaged = Options(copy, grpc_port=grpc, metrics_port=metrics)
+    with pytest.raises(ServerError, match=r"version 1 is damaged: encoder/model\.xml"), running(damaged):
+        pass
+    manifest = copy / "product_classifier" / "1" / MANIFEST  # one that does not give it away
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "encoder/model.xml": fingerprint(engine)}))
     with (
         (tmp_path / "log").open("wb") as log,
         pytest.raises(ServerError, match="its log says why"),

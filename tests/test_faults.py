@@ -1,0 +1,149 @@
+"""What breaks in production, broken on purpose: processes killed, servers told to stop, disks full."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from aisle.client import Classifier
+from aisle.client.bulk import classify_file
+from aisle.deploy import supervise
+from aisle.deploy.triton import Options
+from aisle.errors import ServerError
+from aisle.preprocess.table import read_rows, write_rows
+
+from .conftest import Server
+from .test_triton import children, serving
+
+
+@pytest.fixture
+def served(repository: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    copy = tmp_path / "repository"
+    shutil.copytree(repository, copy, symlinks=True)
+    process, url = serving(copy)
+    threading.Thread(target=process.communicate, daemon=True).start()  # its log would fill the pipe
+    yield process, url
+    process.kill()
+    process.wait()
+
+
+def below(process: subprocess.Popen[str], argument: str) -> set[int]:
+    """Return the processes below this one with such an argument."""
+    found = set()
+    for pid in children(process):
+        try:
+            if argument in Path(f"/proc/{pid}/cmdline").read_text():
+                found.add(pid)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def test_a_file_survives_the_death_of_a_step_and_of_triton(
+    served: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    process, url = served
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [f"红富士苹果 {i}号" for i in range(4000)]
+    write_rows(source, lambda: ({"text": text} for text in texts), ["text"])
+    partial = tmp_path / "out.jsonl.partial"
+    with Classifier(url) as classifier, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(classify_file, classifier, source, out, "text", 1)
+        wait_for(lambda: job.done() or (partial.exists() and partial.stat().st_size > 10_000))
+        (encoder,) = below(process, "/encoder/1/model.py")
+        os.kill(encoder, signal.SIGKILL)
+        wait_for(lambda: below(process, "/encoder/1/model.py") - {encoder})
+        (triton,) = below(process, "--model-repository=")
+        os.kill(triton, signal.SIGKILL)
+        assert not job.done()
+        result = job.result(300)
+        assert wait_for(lambda: below(process, "--model-repository=")) != {triton}
+    assert (result["rows"], result["errors"], result["resumed_from"]) == (4000, 0, 0)
+    assert [row["text"] for row in read_rows(out)] == texts
+
+
+def test_what_is_under_way_is_answered_before_a_server_stops(served: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = served
+    text = "红富士苹果 " * 60
+    with Classifier(url, timeout=60, retries=0) as classifier, ThreadPoolExecutor(8) as pool:
+        expected = classifier.classify([text])[0]
+        with InferenceServerClient(url) as triton:
+            calls = [pool.submit(classifier.classify, [f"{number} {text}"] * 16) for number in range(8)]
+            statistics = triton.get_inference_statistics
+            wait_for(lambda: statistics("tokenizer").model_stats[0].inference_count == 8 * 16 + 1)
+        process.send_signal(signal.SIGTERM)
+        for call in calls:
+            assert {answer.category for answer in call.result()} == {expected.category}
+    process.wait(60)
+    assert process.returncode == 0
+
+
+def test_a_full_disk_is_one_line_and_the_file_goes_on_from_there(server: Server, tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the disk: the same errors, and nobody else's disk is filled."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = [f"苹果 {i}" for i in range(500)]
+    write_rows(source, lambda: ({"text": text} for text in texts), ["text"])
+    command = [sys.executable, "-m", "aisle", "classify", str(source), "-o", str(out), "--url", server.url, "--json"]
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill, check=False)
+    assert done.returncode == 2
+    assert f"cannot write {out}: File too large; mend that and run it again" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["resumed_from"] > 0
+    assert [row["text"] for row in read_rows(out)] == texts
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_server_that_keeps_ending_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begins: bool) -> None:
+    starts = []
+
+    @contextmanager
+    def started(_: Options, release: object) -> Iterator[Any]:
+        starts.append(1)
+        if begins and len(starts) == 1:
+            yield None
+            return
+        raise ServerError("it ended")
+
+    monkeypatch.setattr(supervise, "started", started)
+    monkeypatch.setattr(supervise, "watch", lambda *_: (9, None))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        if begins:
+            assert supervise.serve_forever(Options(tmp_path)) == 1
+            assert len(starts) == supervise.RESTARTS + 1
+        else:  # what fails at once is not tried again: whoever started it is there to mend it
+            with pytest.raises(ServerError):
+                supervise.serve_forever(Options(tmp_path))
+            assert len(starts) == 1
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
