@@ -26,6 +26,7 @@ EXTRAS = {
     "torch": "train",
     "transformers": "train",
     "sklearn": "train",
+    "captum": "train",
     "datasketch": "clean",
     "optuna": "train",
     "tensorboard": "train",

@@ -123,7 +123,9 @@ def held_out(
         if len(readings) == rows:
             break
     if not readings:
-        raise InputError(f"{data}: no text of {LEAST_WORDS} words or more among those that training holds out; add rows")
+        raise InputError(
+            f"{data}: no text of {LEAST_WORDS} words or more among those that training holds out; add rows"
+        )
     return readings, skipped
 
 

@@ -119,9 +119,7 @@ class Checkpoint:
     def first(self, texts: Sequence[str]) -> list[Prediction]:
         probabilities = self._probabilities(texts, "classifying")
         best = probabilities.argmax(axis=1).tolist()
-        return [
-            Prediction((self.labels[i],), (float(row[i]),)) for i, row in zip(best, probabilities, strict=True)
-        ]
+        return [Prediction((self.labels[i],), (float(row[i]),)) for i, row in zip(best, probabilities, strict=True)]
 
     def ask(self, texts: Sequence[str], categories: Sequence[str], description: str) -> Answers:
         prepared = []
@@ -239,10 +237,10 @@ def integrated_gradients(
             embed = model.get_input_embeddings()
             vectors = embed(input_ids)
             silent = embed(input_ids.masked_fill(said.bool().to(model.device), model.config.pad_token_id))
-            ends = [log_probabilities(each, attention_mask).gather(1, target[:, None])[:, 0] for each in (vectors, silent)]
-        weights = method.attribute(
-            vectors, silent, target, (attention_mask,), n_steps=STEPS, internal_batch_size=ROWS
-        )
+            ends = [
+                log_probabilities(each, attention_mask).gather(1, target[:, None])[:, 0] for each in (vectors, silent)
+            ]
+        weights = method.attribute(vectors, silent, target, (attention_mask,), n_steps=STEPS, internal_batch_size=ROWS)
         of_tokens = weights.sum(dim=2).double().cpu().numpy()
         for i, row, value, baseline in zip(batch, of_tokens, *(end.tolist() for end in ends), strict=True):
             of_words = np.zeros(len(readings[i].words))
