@@ -92,8 +92,8 @@ def _explanation(page: Page, explanation: dict[str, Any], methods: list[str]) ->
     if "completeness" in explanation:
         each = explanation["completeness"]
         page.text(
-            f"Integrated gradients add up to {each['sum']:+.4f} nats; the log-probability is {each['log_probability']:.4f}, "
-            f"that of the baseline {each['baseline']:.4f}: a gap of {each['gap']:+.4f}."
+            f"Integrated gradients add up to {each['sum']:+.4f} nats; the log-probability is "
+            f"{each['log_probability']:.4f}, that of the baseline {each['baseline']:.4f}: a gap of {each['gap']:+.4f}."
         )
 
 
