@@ -27,6 +27,7 @@ EXTRAS = {
     "transformers": "train",
     "sklearn": "train",
     "scipy": "train",
+    "captum": "train",
     "datasketch": "clean",
     "optuna": "train",
     "tensorboard": "train",

@@ -34,6 +34,10 @@ class Page:
     def text(self, text: str) -> None:
         self.parts.append({"kind": "text", "text": text})
 
+    def marked(self, pieces: Sequence[tuple[str, float]]) -> None:
+        """Add a text in coloured pieces: blue for a share of 1, orange for -1, none for 0."""
+        self.parts.append({"kind": "marked", "pieces": pieces})
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Add a table; floats are shown to four significant digits, None as a dash."""
         cells = [[_cell(cell) for cell in row] for row in rows]

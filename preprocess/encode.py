@@ -53,6 +53,14 @@ class Encoder:
         """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]], bool]:
+        """Return the token ids, where in the text each token starts and ends, and whether tokens were cut off.
+
+        [CLS] and [SEP] stand for no characters, so they end where they start.
+        """
+        encoding = self._tokenizer.encode(text)
+        return encoding.ids, encoding.offsets, bool(encoding.overflowing)
+
     def __call__(self, texts: Sequence[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts)
         tokens = [encoding.ids for encoding in encodings]

@@ -187,10 +187,14 @@ def _server_predictor(url: str) -> Predict:
 
 def largest_top_k(classifier: Classifier, wanted: int) -> int:
     """Return `wanted`, or how many categories the server has if they are fewer: it refuses to name more."""
-    for k in range(wanted, 1, -1):
+    granted, refused = 1, wanted + 1
+    k = wanted
+    while refused - granted > 1:
         try:
             classifier.probe(k)
         except InvalidText:
-            continue
-        return k
-    return 1
+            refused = k
+        else:
+            granted = k
+        k = (granted + refused) // 2
+    return granted

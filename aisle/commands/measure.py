@@ -1,4 +1,4 @@
-"""Measuring: how good a checkpoint, or what is served, is."""
+"""Measuring: how good a checkpoint, or what is served, is, and why it answers so."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics, show_rows
 from aisle.console import stdout
@@ -84,6 +85,71 @@ def _show_frontier(result: dict[str, Any]) -> None:
     shown = ("checkpoint", "precision", "megabytes", "accuracy", "macro_f1", "texts_per_second", "best")
     rows = [{**row, "best": "yes" if row.get("best") else ""} for row in result["rows"]]
     show_rows({name: COLUMNS[name] for name in shown}, rows)
+
+
+def explain(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]…", help="Texts to explain.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Ask a checkpoint, by integrated gradients.")] = None,
+    url: Annotated[str, typer.Option(help="HOST:PORT of a running server; ask it, by leaving words out.")] = "",
+    check: Annotated[
+        Path | None, typer.Option(help="A table: leave out what decides in its held-out texts, and random words.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Texts of the table to check.")] = 200,
+    text_column: TextColumn = "text",
+    seed: int = 0,
+    page: Annotated[Path | None, typer.Option("--report", help="The HTML page to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which words of a text decided its category, or check that such words do decide."""
+    if check is None:
+        from aisle.train.explain import explain as run
+
+        report(run(texts or [], checkpoint=checkpoint, url=url, report=page), as_json, _show_explanations)
+        return
+    from aisle.train.deletion import check as run_check
+
+    if texts or checkpoint is None:
+        raise InputError("--check takes its texts from the table and needs --checkpoint DIR")
+    result = run_check(check, text_column, checkpoint=checkpoint, url=url, rows=rows, seed=seed, report=page)
+    report(result, as_json, _show_check)
+
+
+def _show_explanations(result: dict[str, Any]) -> None:
+    from aisle.train.explain import marks
+
+    for explanation in result["explanations"]:
+        stdout.print(Text(f"{explanation['category']}  {explanation['confidence']:.4f}", "bold"))
+        for method in result["methods"]:
+            line = Text(f"{method.replace('_', ' ')}: ")
+            for piece, share in marks(explanation, method):
+                line.append(piece, _shade(share))
+            stdout.print(line)
+        first = result["methods"][0]
+        heaviest = sorted(explanation["words"], key=lambda word: -abs(word[first]))[:10]
+        show_rows({"word": "word", **{name: name.replace("_", " ") for name in result["methods"]}}, heaviest)
+        if explanation["unread_characters"]:
+            stdout.print(f"cut off: the model does not read the last {explanation['unread_characters']} characters")
+        if "completeness" in explanation:
+            each = explanation["completeness"]
+            stdout.print(f"integrated gradients add up to {each['sum']:+.4f} nats, with a gap of {each['gap']:+.4f}")
+
+
+def _shade(share: float) -> str:
+    """Return rich's style for a word: blue for the category, orange against it, the deeper the more."""
+    if abs(share) < 0.05:
+        return ""
+    color = (31, 95, 168) if share > 0 else (200, 90, 0)
+    red, green, blue = (round(255 + (part - 255) * 0.6 * abs(share)) for part in color)
+    return f"black on rgb({red},{green},{blue})"
+
+
+def _show_check(result: dict[str, Any]) -> None:
+    columns = {"method": "words left out", "fall": "fall", "error": "± error", "changed": "changed", "area": "area"}
+    show_rows(columns, result["methods"])
+    stdout.print(
+        f"{result['texts']} texts without {result['removed']:.0%} of their words: fall of the category's probability "
+        f"from {result['confidence']:.4f}, share that changed category; area under the deletion curve"
+    )
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:
