@@ -57,9 +57,17 @@ def classify_file(
             journal.write(json.dumps(line, default=str).encode() + b"\n")
 
     finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
-    write_rows(finished, lambda: _journal(partial), [*_aside(dict.fromkeys(columns), added), *added])
+    errors = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal errors
+        errors = 0  # Parquet takes two passes
+        for row in _journal(partial):
+            errors += row["error"] is not None
+            yield row
+
+    write_rows(finished, rows, [*_aside(dict.fromkeys(columns), added), *added])
     finished.replace(out)
-    errors = sum(row["error"] is not None for row in _journal(partial))
     partial.unlink()
     seconds = time.perf_counter() - start
     return {

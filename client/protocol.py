@@ -13,6 +13,7 @@ from tritonclient.grpc import InferenceServerException, InferInput, InferRequest
 
 from aisle.errors import InputError, ServerError
 
+Text = str | bytes
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
 OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
@@ -41,6 +42,9 @@ class Failure:
     """Stands in the place of a `Prediction` where the server refused one text of many."""
 
     message: str
+
+
+MISSING = Failure("text is missing; send a string")
 
 
 @dataclass(frozen=True)
