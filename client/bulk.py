@@ -50,6 +50,15 @@ def classify_file(
     texts = (as_text(row.get(text_column)) for row in for_texts)
     added = _added_columns(top_k)
     answered = 0
+    errors = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal errors
+        errors = 0  # Parquet takes two passes
+        for row in _journal(partial):
+            errors += row["error"] is not None
+            yield row
+
     try:
         with partial.open("ab") as journal:
             for row, answer in track(zip(for_output, classifier.stream(texts, top_k), strict=True), total - done):
@@ -57,12 +66,11 @@ def classify_file(
                 line = {**_aside(row, added), **_answer_columns(answer)}
                 journal.write(json.dumps(line, default=str).encode() + b"\n")
         finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
-        write_rows(finished, lambda: _journal(partial), [*_aside(dict.fromkeys(columns), added), *added])
+        write_rows(finished, rows, [*_aside(dict.fromkeys(columns), added), *added])
         finished.replace(out)
     except OSError as error:
         message = f"cannot write {out}: {error.strerror or error}; mend that and run it again: it goes on where it was"
         raise InputError(message) from None
-    errors = sum(row["error"] is not None for row in _journal(partial))
     partial.unlink()
     seconds = time.perf_counter() - start
     return {

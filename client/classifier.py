@@ -15,17 +15,18 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
 from aisle.client.protocol import (
     IN_FLIGHT,
+    MISSING,
     MODEL,
     Connection,
     Failure,
     InvalidText,
     Prediction,
+    Text,
     inputs,
     predictions,
 )
 from aisle.client.tracing import request_span
 
-Text = str | bytes
 Answers = list[Prediction | Failure]
 
 
@@ -130,7 +131,7 @@ class Classifier(Connection):
     def _request_each(self, texts: list[Text | None], top_k: int) -> Answers:
         """Classify a batch in which texts may be missing or bad."""
         answers = iter(self._halving([text for text in texts if text is not None], top_k))
-        return [Failure("text is missing; send a string") if text is None else next(answers) for text in texts]
+        return [MISSING if text is None else next(answers) for text in texts]
 
     def _halving(self, texts: list[Text], top_k: int) -> Answers:
         """Classify a batch; where it is refused, halve it until each bad text stands alone."""

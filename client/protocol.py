@@ -18,6 +18,7 @@ from aisle.errors import InputError, ServerError
 if TYPE_CHECKING:
     from aisle.client.traffic import TrafficLog
 
+Text = str | bytes
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
 PATIENT_RETRIES = 20  # about a minute and a half
@@ -52,6 +53,9 @@ class Failure:
     """Stands in the place of a `Prediction` where the server refused one text of many."""
 
     message: str
+
+
+MISSING = Failure("text is missing; send a string")
 
 
 @dataclass(frozen=True)

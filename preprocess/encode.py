@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,9 +65,9 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts)
         tokens = [encoding.ids for encoding in encodings]
-        lengths = np.array([[len(ids)] for ids in tokens], np.int32)
+        lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))[:, None]
         input_ids = np.zeros((len(tokens), lengths.max()), np.int32)
-        for row, ids in zip(input_ids, tokens, strict=True):
-            row[: len(ids)] = ids
+        inside = np.arange(input_ids.shape[1]) < lengths
+        input_ids[inside] = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, lengths.sum())
         full = (encoding for encoding, ids in zip(encodings, tokens, strict=True) if len(ids) == self.max_tokens)
         return Encoded(input_ids, lengths, sum(bool(encoding.overflowing) for encoding in full))

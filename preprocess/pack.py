@@ -23,7 +23,7 @@ class Packed(NamedTuple):
 
 
 def pack(tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]], width: int) -> Packed:
-    """Lay texts into rows of at most `width` tokens, first-fit decreasing.
+    """Lay texts into rows of at most `width` tokens, best-fit decreasing.
 
     Args:
         tokens: [sum of lengths], the texts' token ids end to end.
@@ -32,22 +32,42 @@ def pack(tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[A
     """
     total = int(lengths.sum())
     width = min(width, -(-total // 8) * 8)
-    starts = np.empty(len(lengths), np.int64)
-    room: list[int] = []  # free tokens of each row
-    for text in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[text])
-        row = next((i for i, free in enumerate(room) if free >= length), len(room))
-        if row == len(room):
-            room.append(width)
-        starts[text] = row * width + width - room[row]
-        room[row] -= length
-
+    starts, rows = _best_fit(lengths, width)
     text_of_token = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     where = starts[text_of_token] + position
-    input_ids, position_ids, segment_ids = np.zeros((3, len(room) * width), np.int64)
+    input_ids, position_ids, segment_ids = np.zeros((3, rows * width), np.int64)
     input_ids[where] = tokens
     position_ids[where] = position
     segment_ids[where] = text_of_token + 1
-    shape = (len(room), width)
+    shape = (rows, width)
     return Packed(input_ids.reshape(shape), position_ids.reshape(shape), segment_ids.reshape(shape), starts)
+
+
+def _best_fit(lengths: npt.NDArray[np.integer[Any]], width: int) -> tuple[Ints, int]:
+    """Return where each text starts in the flattened rows, and how many rows there are.
+
+    The longest text first, each into the fullest row that has room: one step a text, whatever their number.
+    """
+    starts = np.empty(len(lengths), np.int64)
+    rows_with: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by their free tokens
+    free_somewhere = 0  # bit f is set where rows_with[f] holds a row
+    rows = 0
+    order = np.argsort(-lengths, kind="stable")
+    places = []
+    for length in lengths[order].tolist():
+        fitting = free_somewhere >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with[free].pop()
+            if not rows_with[free]:
+                free_somewhere ^= 1 << free
+        else:
+            free, row, rows = width, rows, rows + 1
+        places.append(row * width + width - free)
+        left = free - length
+        if left:
+            rows_with[left].append(row)
+            free_somewhere |= 1 << left
+    starts[order] = places
+    return starts, rows

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,18 @@ import grpc
 import pytest
 import trustme
 
-from aisle.client import TLS, AsyncClassifier, Classifier, ClassifierError, Failure, InvalidText, Unavailable
+from aisle.client import (
+    TLS,
+    AsyncClassifier,
+    Classifier,
+    ClassifierError,
+    Failure,
+    InvalidText,
+    Prediction,
+    Unavailable,
+)
 from aisle.client.bulk import classify_file
+from aisle.client.protocol import IN_FLIGHT
 from aisle.deploy.triton import free_ports
 from aisle.errors import InputError
 from aisle.preprocess.table import read_rows, write_rows
@@ -126,6 +136,71 @@ def test_stream_gives_bad_texts_a_failure_of_their_own(classifier: Classifier) -
     ]
     good = [answer.category for answer in answers if not isinstance(answer, Failure)]
     assert good == [answer.category for answer in classifier.classify(TITLES[:130])]
+
+
+def test_asyncio_stream_is_the_blocking_ones_twin(server: Server, classifier: Classifier) -> None:
+    texts: list[Any] = [*TITLES[:100], "", None, b"\xff", "\ud800", *TITLES[100:130]]
+    expected = list(classifier.stream(texts, top_k=2))
+
+    async def arriving() -> AsyncIterator[Any]:
+        for text in texts:
+            yield text
+
+    async def main() -> None:
+        async with AsyncClassifier(server.url, timeout=60) as client:
+            for each in (texts, iter(texts), arriving()):
+                answers = [answer async for answer in client.stream(each, top_k=2)]
+                assert [a if isinstance(a, Failure) else a.categories for a in answers] == [
+                    a if isinstance(a, Failure) else a.categories for a in expected
+                ]
+            assert [answer async for answer in client.stream([])] == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_a_stream_draws_no_more_texts_than_it_has_room_for(server: Server, kind: str) -> None:
+    """A reader who stops taking answers stops the reading of texts, of which there may be no end."""
+    drawn = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield f"苹果 {drawn % 50}斤装"
+
+    if kind == "blocking":
+        with Classifier(server.url, timeout=60) as classifier:
+            stream = classifier.stream(endless())
+            assert all(isinstance(next(stream), Prediction) for _ in range(100))
+            stream.close()  # type: ignore[attr-defined]
+    else:
+
+        async def main() -> None:
+            async with (
+                AsyncClassifier(server.url, timeout=60) as client,
+                aclosing(client.stream(endless())) as stream,
+            ):
+                for _ in range(100):
+                    assert isinstance(await anext(stream), Prediction)
+
+        asyncio.run(main())
+    assert 100 <= drawn <= (IN_FLIGHT + 2) * 64
+
+
+def test_one_channel_serves_many_calls_at_once(server: Server, classifier: Classifier) -> None:
+    """Each of hundreds of calls under way gets its own answer, and ten thousand texts theirs in order."""
+    titles = [f"{title} {i}" for i in range(2) for title in TITLES[:50]]
+    expected = [answer.category for answer in classifier.classify(titles)]
+
+    async def main() -> None:
+        async with AsyncClassifier(server.url, timeout=120) as client:
+            answers = await asyncio.gather(*(client.classify([title]) for title in titles))
+            assert [answer.category for [answer] in answers] == expected
+            many = await client.classify(titles * 100)
+            assert [answer.category for answer in many] == expected * 100
+
+    asyncio.run(main())
 
 
 def test_only_unavailable_is_retried(flaky: tuple[str, Flaky]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import time
 import urllib.request
 from collections import Counter
@@ -17,7 +19,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput
 
 from aisle.build.engine import EngineSpec
-from aisle.client import Classifier, ClassifierError, InvalidText
+from aisle.client import AsyncClassifier, Classifier, ClassifierError, InvalidText
 from aisle.preprocess.clean import MAX_BYTES, prepare
 from aisle.preprocess.encode import Encoder
 from aisle.train.checkpoint import load_model, read_labels
@@ -175,6 +177,33 @@ def test_health_and_metrics(server: Server) -> None:
     metrics = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
     for name in ("nv_inference_count", "nv_inference_exec_count", "nv_cache_num_hits_per_model"):
         assert f'{name}{{model="product_classifier"' in metrics or f'{name}{{model="encoder"' in metrics
+
+
+def test_batches_fill_at_load(server: Server, rng: random.Random) -> None:
+    """Requests of one text each, of all lengths: next to nothing that the engine computes is padding."""
+    texts = [f"{i} " + "婴儿奶粉" * int(rng.lognormvariate(3, 0.8)) for i in range(800)]
+    before = figures(server)
+
+    async def main() -> None:
+        async with AsyncClassifier(server.url, timeout=120) as client:
+            callers = asyncio.Semaphore(100)
+
+            async def call(text: str) -> None:
+                async with callers:
+                    await client.classify([text])
+
+            await asyncio.gather(*map(call, texts))
+
+    asyncio.run(main())
+    after = figures(server)
+
+    def grown(counter: str) -> float:
+        name = f'aisle_{counter}_total{{version="1"}}'
+        return after[name] - before[name]
+
+    assert grown("tokens_useful") / grown("tokens_computed") > 0.95
+    assert grown("texts") == 800
+    assert grown("engine_batches") < 80
 
 
 def figures(server: Server) -> dict[str, float]:
