@@ -56,7 +56,7 @@ def members(repository: Path) -> Iterator[list[Member]]:
     folder = Path(tempfile.mkdtemp(prefix="aisle-"))
     for number in range(3):
         copy, home = folder / str(number) / "models", folder / str(number)
-        shutil.copytree(repository, copy)
+        shutil.copytree(repository, copy, symlinks=True)
         grpc, http, metrics = free_ports(3)
         command = [sys.executable, "-m", "aisle", "serve", "--repository", str(copy), "--log-json"]
         command += ["--grpc-port", str(grpc), "--http-port", str(http), "--metrics-port", str(metrics)]

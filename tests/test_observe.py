@@ -139,13 +139,10 @@ def tracing(url: str, sampled: bool = True) -> Iterator[trace.Tracer]:
     """Trace this process, as an application that calls the client would set it up."""
     provider = TracerProvider(sampler=DEFAULT_ON if sampled else StaticSampler(Decision.DROP))
     provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(url)))
-    before = trace.get_tracer_provider()
-    trace._TRACER_PROVIDER = provider  # it can be set but once by its API
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "_TRACER_PROVIDER", provider)  # its API sets it but once
         yield trace.get_tracer("shop")
-    finally:
-        provider.shutdown()
-        trace._TRACER_PROVIDER = before
+    provider.shutdown()
 
 
 def test_one_trace_holds_the_caller_the_client_and_every_step(observed: Observed, collector: Collector) -> None:
