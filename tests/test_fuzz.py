@@ -158,20 +158,9 @@ NAMES = st.sampled_from(
 DATATYPES = st.sampled_from(["BYTES", "INT32", "INT64", "FP32", "FP16", "BOOL", "UINT8", "", "NONE", "bytes"])
 # Not `classification`: asked of a string tensor it ends Triton (division by zero), so the gateway refuses it.
 PARAMETERS = st.sampled_from(
-    [
-        "sequence_id",
-        "sequence_start",
-        "sequence_end",
-        "priority",
-        "timeout",
-        "headers",
-        "binary_data_size",
-        "shared_memory_region",
-        "shared_memory_byte_size",
-        "shared_memory_offset",
-        "triton_enable_empty_final_response",
-        "x",
-    ]
+    ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_size", "x"]
+) | st.sampled_from(
+    ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "triton_enable_empty_final_response"]
 )
 # What a string tensor's bytes may be: lengths that lie, and lengths cut short.
 RAW = st.one_of(

@@ -84,17 +84,18 @@ def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **m
         InputError: it cannot be loaded, is no BERT, has no fast tokenizer, or reads fewer than `max_tokens` tokens.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != "bert":
             raise InputError(f"{name} is a {config.model_type!r} model; give a BERT")
         if config.max_position_embeddings < max_tokens:
             raise InputError(f"{name} reads {config.max_position_embeddings} tokens at most; lower --max-tokens")
-        tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
         model = architecture.from_pretrained(
             name,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             ignore_mismatched_sizes=True,  # a classifier for other labels is replaced
+            use_safetensors=True,  # the other form is a pickle, which runs what is in it
             **more,
         )
     except InputError:
