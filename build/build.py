@@ -112,7 +112,7 @@ def _compiled(
     onnx = folder / "model.onnx"
     say(f"exporting the {spec.precision} graph to ONNX")
     export(graph, spec.max_tokens, onnx)
-    spec = replace(spec, graph=fingerprint(onnx))
+    spec = replace(spec, graph=fingerprint(onnx), vocabulary=material.model.config.vocab_size)
     say(f"compiling it with {spec.target}")
     checked_on = spec.target
     if spec.target == "openvino":
@@ -160,7 +160,7 @@ def _check_room(checkpoint: Path, repository: Path) -> None:
 def _request(folder: Path) -> EngineSpec | None:
     """Return what an engine was asked to be, without what building it found out."""
     try:
-        return replace(EngineSpec.load(folder), graph="", runtime="", device="")
+        return replace(EngineSpec.load(folder), graph="", vocabulary=0, runtime="", device="")
     except InputError:
         return None
 

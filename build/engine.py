@@ -36,6 +36,7 @@ class EngineSpec:
     labels: int
     checkpoint: str  # fingerprint of the checkpoint it was built from
     graph: str = ""  # SHA-256 of the ONNX graph
+    vocabulary: int = 0  # token ids it has embeddings for
     runtime: str = ""  # the only one that runs it, as "TensorRT 11.0.0"; empty: any version
     device: str = ""  # the only kind of GPU that runs it, as "NVIDIA H100 (9.0)"; empty: any
 

@@ -58,7 +58,7 @@ def load_model(folder: Path) -> Any:
     if config.get("model_type") != "bert":
         raise InputError(f"{folder} holds a {config.get('model_type')!r} model; only BERT can be served")
     try:
-        model = BertForSequenceClassification.from_pretrained(folder, local_files_only=True)
+        model = BertForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # safetensors and transformers each raise their own
         raise InputError(f"{folder}: the weights cannot be loaded: {error}".splitlines()[0]) from None
     if model.config.num_labels != len(labels):

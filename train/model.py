@@ -119,7 +119,7 @@ def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **m
         InputError: it cannot be loaded, is no BERT, has no fast tokenizer, or reads fewer than `max_tokens` tokens.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != "bert":
             raise InputError(f"{name} is a {config.model_type!r} model; give a BERT")
         if config.max_position_embeddings < max_tokens:
@@ -128,12 +128,13 @@ def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **m
         if own.is_file() and not own.with_name("tokenizer_config.json").is_file():
             tokenizer = Tokenizer.from_file(str(own))  # a checkpoint's; transformers would make up another
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
         model = architecture.from_pretrained(
             name,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             ignore_mismatched_sizes=True,  # a classifier for other labels is replaced
+            use_safetensors=True,  # the other form is a pickle, which runs what is in it
             **more,
         )
     except InputError:

@@ -35,38 +35,57 @@ class TritonPythonModel:
         No request waits for others to arrive: while the engine is busy they queue, and all of them come here next.
         """
         texts = [unpadded(request) for request in requests]
-        spans = batches([len(tokens) for tokens, _ in texts])
-        responses: list[Any] = []
-        for number, span in enumerate(spans, start=1):
-            answers = self.run(texts[span])
-            if number == len(spans):
-                return responses + answers
-            for request, answer in zip(requests[span], answers, strict=True):
-                request.get_response_sender().send(answer, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            responses += [None] * len(answers)
+        # A caller that goes past the tokenizer may send anything: only its own requests fail.
+        fit = [True] * len(texts) if self.fit(*joined(texts)) else [self.fit(*each) for each in texts]
+        responses = [None if ok else refuse() for ok in fit]
+        good = [number for number, ok in enumerate(fit) if ok]
+        spans = batches([len(texts[number][0]) for number in good]) if good else []
+        for span in spans:
+            answers = self.run([texts[number] for number in good[span]])
+            for number, answer in zip(good[span], answers, strict=True):
+                if span is spans[-1]:
+                    responses[number] = answer
+                else:
+                    requests[number].get_response_sender().send(answer, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         return responses
 
-    def run(self, texts: Sequence[tuple[Any, Any]]) -> list[Any]:
+    def fit(self, tokens: Any, lengths: Any) -> bool:
+        """Tell whether these are token ids, as many as the lengths say, of texts that the engine can pack."""
+        spec = self.engine.spec
+        return bool(
+            lengths.min() >= 1
+            and lengths.max() <= spec.max_tokens
+            and lengths.sum() == len(tokens)
+            and tokens.min() >= 0
+            and (not spec.vocabulary or tokens.max() < spec.vocabulary)
+        )
+
+    def run(self, texts: Sequence[Texts]) -> list[Any]:
         """Run the texts of several requests as one batch, and hand each request its own logits."""
         work: defaultdict[str, float] = defaultdict(float)
-        tokens, lengths = zip(*texts, strict=True)
-        logits = self.engine(np.concatenate(tokens), np.concatenate(lengths), work)
+        logits = self.engine(*joined(texts), work)
         for name, value in work.items():
             self.metrics.add(f"aisle_{name}_total", value)
-        ends = np.cumsum([len(own) for own in lengths])
+        ends = np.cumsum([len(lengths) for _, lengths in texts])
         return [pb_utils.InferenceResponse([pb_utils.Tensor("logits", part)]) for part in np.split(logits, ends[:-1])]
 
     def finalize(self) -> None:
         self.metrics.close()
 
 
-def unpadded(request: Any) -> tuple[Any, Any]:
-    """Return the tokens of a request's texts, end to end, and the texts' lengths."""
+Texts = tuple[Any, Any]  # token ids end to end [sum of lengths], lengths [texts]
+
+
+def unpadded(request: Any) -> Texts:
     input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
     lengths = pb_utils.get_input_tensor_by_name(request, "lengths").as_numpy()
     if len(input_ids) == 1:
         return input_ids[0], lengths[0]
     return input_ids[np.arange(input_ids.shape[1]) < lengths], lengths[:, 0]
+
+
+def joined(texts: Sequence[Texts]) -> Texts:
+    return np.concatenate([tokens for tokens, _ in texts]), np.concatenate([lengths for _, lengths in texts])
 
 
 def batches(tokens: Sequence[int]) -> list[slice]:
@@ -77,3 +96,8 @@ def batches(tokens: Sequence[int]) -> list[slice]:
     numbers = (middles * count / ends[-1]).astype(int)
     bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(tokens)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def refuse() -> Any:
+    message = "input_ids and lengths must be what the tokenizer makes; send texts to product_classifier"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

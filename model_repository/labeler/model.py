@@ -45,6 +45,9 @@ class TritonPythonModel:
 
     def wanted(self, request: Any) -> int | str:
         """Return how many categories a request asks for, or what is wrong with it."""
+        if pb_utils.get_input_tensor_by_name(request, "logits").shape()[1] != len(self.names):
+            # A caller went past the encoder.
+            return f"logits must be [n, {len(self.names)}]; send texts to product_classifier"
         tensor = pb_utils.get_input_tensor_by_name(request, "top_k")
         values = [1] if tensor is None else np.unique(tensor.as_numpy()).tolist()
         if len(values) > 1 or not 1 <= values[0] <= len(self.names):

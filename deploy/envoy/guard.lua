@@ -1,0 +1,73 @@
+-- Looks into each ModelInfer request: only product_classifier may be asked, and its outputs only as they are.
+-- The models inside the ensemble are not for callers. Parameters of an output ask for Triton's classification and
+-- shared-memory extensions; the first, asked of a string tensor as `category`, makes Triton divide by zero and end.
+-- Of protobuf's encoding this reads no more than it must, and it refuses what it cannot read.
+
+local INFER = "/inference.GRPCInferenceService/ModelInfer"
+local MODEL = "product_classifier"
+local MODEL_NAME, OUTPUTS, OUTPUT_PARAMETERS = 1, 6, 2 -- field numbers of ModelInferRequest and of its outputs
+local HEADER = 5 -- bytes of a gRPC message's own: whether it is compressed, and its length
+
+-- Return the variable-length number at position i, and the position after it; nothing where there is none.
+local function varint(bytes, i)
+  local value, scale = 0, 1
+  for _ = 1, 10 do
+    local byte = bytes:byte(i)
+    if not byte then return nil end
+    value, scale, i = value + byte % 128 * scale, scale * 128, i + 1
+    if byte < 128 then return value, i end
+  end
+end
+
+-- Call visit(field, first, last) for each field of bytes and nested messages; fail where they are malformed.
+local function each(bytes, i, last, visit)
+  while i <= last do
+    local key, first = varint(bytes, i)
+    assert(key and key < 2 ^ 32)
+    local wire, size = key % 8, nil
+    if wire == 0 then
+      size, i = 0, select(2, varint(bytes, first))
+      assert(i)
+    elseif wire == 1 then
+      i = first + 8
+    elseif wire == 5 then
+      i = first + 4
+    else
+      assert(wire == 2)
+      size, first = varint(bytes, first)
+      assert(size)
+      i = first + size
+    end
+    assert(i <= last + 1)
+    if wire == 2 then visit(math.floor(key / 8), first, i - 1) end
+  end
+end
+
+local function check(bytes)
+  local size = 0
+  for i = 2, HEADER do size = size * 256 + bytes:byte(i) end
+  assert(bytes:byte(1) == 0 and HEADER + size == #bytes) -- one message, not compressed
+  local model, plain = nil, true
+  each(bytes, HEADER + 1, #bytes, function(field, first, last)
+    if field == MODEL_NAME then
+      model = bytes:sub(first, last)
+    elseif field == OUTPUTS then
+      each(bytes, first, last, function(inner) plain = plain and inner ~= OUTPUT_PARAMETERS end)
+    end
+  end)
+  return model == MODEL and plain
+end
+
+function envoy_on_request(handle)
+  if handle:headers():get(":path") ~= INFER then return end
+  local body = handle:body()
+  local read, allowed = pcall(function() return check(body:getBytes(0, body:length())) end)
+  if not (read and allowed) then
+    handle:respond({
+      [":status"] = "200",
+      ["content-type"] = "application/grpc",
+      ["grpc-status"] = "3", -- INVALID_ARGUMENT
+      ["grpc-message"] = "ask " .. MODEL .. ", uncompressed and without parameters of outputs",
+    }, "")
+  end
+end
