@@ -158,8 +158,9 @@ def throughput(server: Classifier, texts: Sequence[str], callers: int, seconds: 
     start = time.perf_counter()
 
     def call(caller: int) -> int:
+        end = time.perf_counter() + seconds
         own = itertools.islice(itertools.cycle(texts), caller * len(texts) // callers, None)
-        answers = server.stream(itertools.takewhile(lambda _: time.perf_counter() - start < seconds, own))
+        answers = server.stream(itertools.takewhile(lambda _: time.perf_counter() < end, own))
         return sum(isinstance(answer, Prediction) for answer in answers)
 
     with ThreadPoolExecutor(callers) as pool:

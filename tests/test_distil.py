@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from aisle.cli import app
 from aisle.errors import InputError
 from aisle.loadtest.frontier import judge
 from aisle.preprocess.clean import Table
@@ -25,7 +27,6 @@ from aisle.train.prune import needed, prune_vocabulary, shrink
 from aisle.train.settings import Settings
 from aisle.train.train import train
 
-from .conftest import aisle
 from .test_train import FRUIT, table
 
 TEXTS, LABELS = [text for text, _ in FRUIT], [label for _, label in FRUIT]
@@ -56,6 +57,18 @@ def bert(layers: int, size: int) -> Any:
         num_labels=3,
     )
     return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command in this process, and return what it says in JSON."""
+
+    def run(*arguments: Any) -> Any:
+        capsys.readouterr()
+        app([*map(str, arguments), "--json"], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    return run
 
 
 def test_layers_are_evenly_spaced_and_the_last_is_among_them() -> None:
@@ -104,7 +117,7 @@ def test_students_that_cannot_be(plan: Plan, complaint: str) -> None:
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher: Path) -> None:
     parts = split(Table(TEXTS, LABELS))
     with processes() as team:
-        school = Teachers([teacher], parts.labels, team)
+        school = Teachers([teacher], parts.labels, team.device)
         encoder = school.encoders[0]
 
         def loss(plan: Plan, further: list[str]) -> tuple[Distillation, float]:
@@ -137,8 +150,8 @@ def test_teachers_are_averaged_whatever_the_order_of_their_categories(teacher: P
     labels = read_labels(teacher)
     write_json(turned / "labels.json", labels[::-1])
     with processes() as team:
-        straight = Teachers([teacher], labels, team).probabilities(TEXTS[:5], 2.0)
-        both = Teachers([teacher, turned], labels, team).probabilities(TEXTS[:5], 2.0)
+        straight = Teachers([teacher], labels, team.device).probabilities(TEXTS[:5], 2.0)
+        both = Teachers([teacher, turned], labels, team.device).probabilities(TEXTS[:5], 2.0)
     assert torch.allclose(both, (straight + straight.flip(1)) / 2, atol=1e-6)
     assert torch.allclose(both.sum(dim=1), torch.ones(5))
 
@@ -164,7 +177,9 @@ def test_a_student_is_a_checkpoint_like_any_other(teacher: Path, fruit: Path, tm
     assert (out / "sample.jsonl").is_file()
 
 
-def test_a_student_may_start_from_another_bert(teacher: Path, fruit: Path, tmp_path: Path) -> None:
+def test_a_student_may_start_from_another_bert(
+    teacher: Path, fruit: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
     folder = tmp_path / "bert"
     characters = sorted({c for text in TEXTS for c in text if c != " "})
     folder.mkdir()
@@ -175,10 +190,11 @@ def test_a_student_may_start_from_another_bert(teacher: Path, fruit: Path, tmp_p
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
     BertForSequenceClassification(config).save_pretrained(folder)
-    told = Settings(str(folder), epochs=6, batch_size=8, learning_rate=3e-3)
-    result = distil([teacher], fruit, "text", "category", tmp_path / "out", told, Plan(prune=False))
-    assert result["accuracy"] > 0.9
-    assert load_model(tmp_path / "out").config.hidden_size == 32
+    out = tmp_path / "out"
+    told = ["--model", folder, "--epochs", 6, "--batch-size", 8, "--learning-rate", 3e-3, "--no-prune"]
+    assert command("distil", teacher, "--data", fruit, "-o", out, *told)["accuracy"] > 0.9
+    assert load_model(out).config.hidden_size == 32
+    assert Encoder(out / "tokenizer.json").vocabulary == len(vocabulary)
 
 
 def test_a_stopped_distillation_goes_on(
@@ -278,12 +294,12 @@ def test_a_pruned_model_answers_its_texts_as_before(teacher: Path, tmp_path: Pat
     assert model.get_input_embeddings().weight.shape[0] == pruned.vocabulary
 
 
-def test_the_command_writes_a_checkpoint_that_answers_as_before(checkpoint: Path, sample: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_checkpoint_that_answers_as_before(
+    checkpoint: Path, sample: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
     few = tmp_path / "few.csv"
     few.write_text("".join(sample.read_text("utf-8").splitlines(keepends=True)[:400]), "utf-8")
-    done = aisle("prune", checkpoint, "--data", few, "-o", tmp_path / "pruned", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = command("prune", checkpoint, "--data", few, "-o", tmp_path / "pruned")
     assert result["vocabulary"]["after"] < result["vocabulary"]["before"]
     assert result["bytes"]["after"] < result["bytes"]["before"]
     assert 0 < result["agreement"] <= 1
@@ -298,12 +314,11 @@ def test_the_command_writes_a_checkpoint_that_answers_as_before(checkpoint: Path
     assert training["settings"]["epochs"] == 8
 
 
-def test_the_frontier_is_measured_through_triton(checkpoint: Path, sample: Path, tmp_path: Path) -> None:
+def test_the_frontier_is_measured_through_triton(
+    checkpoint: Path, sample: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
     page = tmp_path / "frontier.html"
-    told = ["--precision", "fp32", "--seconds", "0.5", "--data", sample, "-o", page, "--json"]
-    done = aisle("frontier", checkpoint, *told)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = command("frontier", checkpoint, "--data", sample, "-o", page, "--precision", "fp32", "--seconds", 0.5)
     (row,) = result["rows"]
     served = evaluate(sample, "text", "category", checkpoint=checkpoint, held_out=True)
     assert row["accuracy"] == pytest.approx(served["accuracy"], abs=0.002)
@@ -322,8 +337,9 @@ def test_an_engine_is_on_the_frontier_unless_another_beats_it() -> None:
     assert rows[1]["speedup"] == 2
 
 
-def test_a_frontier_needs_a_table_that_its_checkpoints_know(checkpoint: Path, fruit: Path, tmp_path: Path) -> None:
-    done = aisle("frontier", checkpoint, "--data", fruit, "-o", tmp_path / "page.html")
-    assert done.returncode == 2
-    assert "'水果' of" in done.stderr
+def test_a_frontier_needs_a_table_that_its_checkpoints_know(
+    checkpoint: Path, fruit: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    with pytest.raises(InputError, match="'水果' of"):
+        command("frontier", checkpoint, "--data", fruit, "-o", tmp_path / "page.html")
     assert not list(tmp_path.iterdir())

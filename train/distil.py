@@ -100,7 +100,7 @@ def distil(
         "plan": asdict(plan),
     }
     with processes() as team:
-        school = Teachers(teachers, labels, team)
+        school = Teachers(teachers, labels, team.device)
         settings = replace(settings, max_tokens=school.encoders[0].max_tokens)
         with working_folder(out, identity(settings, made_from, team), first=team.first) as work:
             say(f"{cleaning.rows_kept} labelled rows, {len(further)} texts without labels")
@@ -243,20 +243,18 @@ class Apprentice(nn.Module):
 class Teachers:
     """Checkpoints that teach together; the first one's hidden states are learnt as well."""
 
-    def __init__(self, folders: Sequence[Path], labels: Sequence[str], team: Processes) -> None:
+    def __init__(self, folders: Sequence[Path], labels: Sequence[str], device: torch.device) -> None:
         self.folders = folders
         self.encoders = [Encoder(folder / "tokenizer.json") for folder in folders]
-        self.models = [load_model(folder).to(team.device).requires_grad_(False) for folder in folders]
+        self.models = [load_model(folder).to(device).requires_grad_(False) for folder in folders]
         names = [read_labels(folder) for folder in folders]
         self.order = [[known.index(label) for label in labels] for known in names]
-        self.team = team
 
     def probabilities(self, texts: Sequence[str], temperature: float) -> Tensor:
         """Return the mean of the teachers' probabilities, [texts, labels]."""
         shares = []
         for model, encoder, order in zip(self.models, self.encoders, self.order, strict=True):
-            with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.bf16):
-                logits = torch.from_numpy(logits_of(model, encoder.tokens(texts), "asking a teacher"))
+            logits = torch.from_numpy(logits_of(model, encoder.tokens(texts), "asking a teacher"))
             shares.append((logits[:, order] / temperature).softmax(dim=1))
         return torch.stack(shares).mean(dim=0)
 
@@ -294,12 +292,14 @@ class Distillation(Classification):
             self.tokens = [*self.tokens, *encoder.tokens(further)]
         self.plan = plan
         self.school = school
+        self.bf16 = team.bf16
         self.soft: Tensor | None = None
 
     def epoch(self, number: int) -> list[list[int]]:
         batches = super().epoch(number)
         if self.soft is None or self.augmenter:  # varied texts have other probabilities
-            self.soft = self.school.probabilities(self.shown, self.plan.temperature).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                self.soft = self.school.probabilities(self.shown, self.plan.temperature).to(self.device)
         return batches
 
     def loss(self, model: Any, rows: Sequence[int]) -> Tensor:
