@@ -58,7 +58,7 @@ def check(
         answers, weights, attributions = attribute(readings, model, judge)
         shuffler = random.Random(seed)
         orders = {
-            method: [[sorted(range(len(each)), key=lambda word, each=each: -each[word]) for each in of_texts]]
+            method: [[np.argsort(-np.array(each), kind="stable").tolist() for each in of_texts]]
             for method, of_texts in weights.items()
         }
         orders[RANDOM] = [
