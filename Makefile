@@ -6,7 +6,7 @@ CHECKPOINT ?= work/checkpoint
 MODEL ?= $(CHECKPOINT)
 URL ?= localhost:8001
 
-.PHONY: demo test lint train evaluate engine compare serve classify loadtest clean
+.PHONY: demo test lint train evaluate engine compare serve classify loadtest drift clean
 
 demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
 	$(AISLE) demo
@@ -37,6 +37,9 @@ classify: .venv/ready ## FILE=FILE OUT=FILE [URL=HOST:PORT]
 
 loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE
 	$(AISLE) loadtest $(DATA) --url $(URL)
+
+drift: .venv/ready ## LOG=FILE [CHECKPOINT=DIR]: whether to retrain
+	$(AISLE) drift $(CHECKPOINT) $(LOG)
 
 clean:
 	rm -rf work model_repository/*/[0-9]*

@@ -74,8 +74,9 @@ def _measures(page: Page, measures: dict[str, Any]) -> None:
     )
     page.text(
         "PSI is the population stability index, less what chance alone makes of it; p is how probable so large a value "
-        f"would be if nothing had changed, and counts below {ALPHA}. The accuracy is estimated from confidence (ATC, "
-        "Garg et al. 2022) and misses errors that the model is sure of: only labels tell these."
+        f"would be if nothing had changed, and counts below {ALPHA}. The accuracy is estimated from confidence, by ATC "
+        "(Garg et al. 2022) and by DoC (Guillory et al. 2021), and the worse is taken. It misses errors that the model "
+        "is sure of: only labels tell these."
     )
 
 
