@@ -29,7 +29,7 @@ from aisle.train.sample import read_sample, sample_of
 LEAST = 200  # answers: fewer tell nothing
 WINDOWS = 12  # of equal numbers of answers
 LEAST_WINDOW = 250
-BLOCK = 1000  # texts of a table whose words are counted together
+BLOCK = 250  # texts of a table whose words are counted together
 CELLS = 256  # that the buckets of words are folded into, so that each has words enough to compare
 CLUSTERING = 2  # words that tell as much as an independent one; 1.25 in product reviews, by the spread of their mix
 REST = "…"  # stands for the rare categories below a level of the path
@@ -45,6 +45,12 @@ class Rule(NamedTuple):
     unit: str
     watch: float
     retrain: float | None
+
+    def passed(self, value: float) -> float:
+        """Return the higher of the bounds that a value is above; 0 if it is above none."""
+        if self.retrain is not None and value > self.retrain:
+            return self.retrain
+        return self.watch if value > self.watch else 0.0
 
 
 # A measure must also be beyond chance. The bounds of the population stability index (PSI) are those of credit scoring,
@@ -109,7 +115,7 @@ class Counting:
         unknown = float(numbers[~self._known[buckets]].sum() / max(1e-9, 1 - self._known.mean()))
         cells = np.bincount(buckets % CELLS, numbers, CELLS).astype(np.int64)
         total = int(numbers.sum())
-        return Words(time, texts, total, min(unknown, total), cells)
+        return Words(time, texts, total, unknown, cells)
 
 
 @dataclass
@@ -294,9 +300,14 @@ def _show_time(seconds: float) -> str:
 
 
 def judge(reference: Reference, live: Traffic) -> dict[str, Any]:
-    """Return the verdict and all that it rests on."""
+    """Return the verdict and all that it rests on.
+
+    Each measure is judged over all traffic and over its last third, which what came before does not dilute; the graver
+    finding counts.
+    """
     compare = comparison(reference, live)
     measures = compare(live)
+    recently = compare(_latest(live)) if len(live.times) >= 3 * LEAST else {}
     windows = []
     for part in _windows(live):
         values = compare(part)
@@ -310,22 +321,31 @@ def judge(reference: Reference, live: Traffic) -> dict[str, Any]:
         )
     reasons: list[dict[str, Any]] = []
     watch: list[dict[str, Any]] = []
-    for name, measure in measures.items():
-        rule = RULES[name]
-        if measure["p_value"] >= ALPHA or measure["value"] <= rule.watch:
-            continue
-        serious = rule.retrain is not None and measure["value"] > rule.retrain
-        bound = rule.retrain if serious and rule.retrain is not None else rule.watch
-        told = f"{rule.title}: {measure['value']:.3f} ({rule.unit}), above {bound:g}; {_told(name, measure)}"
-        found = {"measure": name, "reason": told, "since": _since(windows, name, bound)}
-        (reasons if serious else watch).append(found)
+    for name, rule in RULES.items():
+        found = [
+            (when, each[name]) for when, each in (("", measures), ("in the last third ", recently)) if name in each
+        ]
+        passed = [(rule.passed(each["value"]), when, each) for when, each in found if each["p_value"] < ALPHA]
+        bound, when, measure = max(passed, key=lambda each: each[0], default=(0.0, "", {}))
+        if bound:
+            told = f"{rule.title}: {when}{measure['value']:.3f} ({rule.unit}), above {bound:g}; {_told(name, measure)}"
+            (reasons if bound == rule.retrain else watch).append(
+                {"measure": name, "reason": told, "since": _since(windows, name, bound)}
+            )
     return {
         "retrain": bool(reasons),
         "reasons": reasons,
         "watch": watch,
         "measures": measures,
+        "last_third": recently,
         "windows": windows,
     }
+
+
+def _latest(live: Traffic) -> Traffic:
+    """Return the last third of the answers."""
+    start = len(live.times) - len(live.times) // 3
+    return live.part(slice(start, None), [each for each in live.words if each.time > live.times[start]])
 
 
 def _told(name: str, measure: dict[str, Any]) -> str:
@@ -496,7 +516,7 @@ def _compare_words(known: Words, blocks: Sequence[Words]) -> dict[str, dict[str,
     if not words or not known.words:
         return {}
     cells = np.sum([each.cells for each in blocks], axis=0)
-    usual, live = known.unknown / known.words, sum(each.unknown for each in blocks) / words
+    usual, live = min(1.0, known.unknown / known.words), min(1.0, sum(each.unknown for each in blocks) / words)
     # New words come in company, so a text counts once here, not each of its words.
     shares = np.array([[usual * known.texts, live * texts], [(1 - usual) * known.texts, (1 - live) * texts]]).T
     return {

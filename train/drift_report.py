@@ -89,8 +89,10 @@ def _course(page: Page, windows: list[dict[str, Any]]) -> None:
     places = range(len(windows))
     for axes, name in zip(np.atleast_1d(figure.subplots(len(names), 1, sharex=True)), names, strict=True):
         rule = RULES[name]
-        values = [np.nan if window[name] is None else window[name] for window in windows]
-        axes.plot(places, values, "o-", color=BLUE)
+        known = [
+            (place, window[name]) for place, window in zip(places, windows, strict=True) if window[name] is not None
+        ]
+        axes.plot(*zip(*known, strict=True), "o-", color=BLUE)
         axes.axhline(rule.watch, linestyle=":", color=GREY)
         if rule.retrain is not None:
             axes.axhline(rule.retrain, linestyle="--", color=RED)
