@@ -6,7 +6,7 @@ CHECKPOINT ?= work/checkpoint
 MODEL ?= $(CHECKPOINT)
 URL ?= localhost:8001
 
-.PHONY: demo test lint train evaluate engine compare serve classify loadtest bench clean
+.PHONY: demo test lint train evaluate engine compare serve classify loadtest bench drift clean
 
 demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
 	$(AISLE) demo
@@ -40,6 +40,8 @@ loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE
 
 bench: .venv/ready ## [DATA=FILE] [MODEL=DIR]: side by side with others, loadtest/report/bench.html
 	$(AISLE) bench $(if $(DATA),--data $(DATA)) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
+drift: .venv/ready ## LOG=FILE [CHECKPOINT=DIR]: whether to retrain
+	$(AISLE) drift $(CHECKPOINT) $(LOG)
 
 clean:
 	rm -rf work model_repository/*/[0-9]*

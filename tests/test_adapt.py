@@ -117,6 +117,16 @@ def test_another_mix_of_categories_is_a_reason(shop: Path, answer: Any, tmp_path
     assert html.count("<svg") == 3
 
 
+def test_what_began_lately_is_not_diluted(shop: Path, answer: Any, tmp_path: Path) -> None:
+    """In the last quarter of a log the mix is another."""
+    late = titles(500, 12, (0.1, 0.1, 0.8))
+    log = log_of(tmp_path / "log.jsonl", [text for text, _ in [*titles(1500, 11), *late]], answer)
+    result = drift(shop, log)
+    assert result["measures"]["label_mix"]["value"] < drifting.RULES["label_mix"].watch
+    reason = next(each for each in result["reasons"] if each["measure"] == "label_mix")
+    assert "in the last third" in reason["reason"]
+
+
 FOREIGN = ("наушники беспроводные", "чехол для телефона", "яблоки свежие", "печенье шоколадное")
 
 

@@ -74,8 +74,9 @@ def _measures(page: Page, measures: dict[str, Any]) -> None:
     )
     page.text(
         "PSI is the population stability index, less what chance alone makes of it; p is how probable so large a value "
-        f"would be if nothing had changed, and counts below {ALPHA}. The accuracy is estimated from confidence (ATC, "
-        "Garg et al. 2022) and misses errors that the model is sure of: only labels tell these."
+        f"would be if nothing had changed, and counts below {ALPHA}. The accuracy is estimated from confidence, by ATC "
+        "(Garg et al. 2022) and by DoC (Guillory et al. 2021), and the worse is taken. It misses errors that the model "
+        "is sure of: only labels tell these."
     )
 
 
@@ -88,8 +89,10 @@ def _course(page: Page, windows: list[dict[str, Any]]) -> None:
     places = range(len(windows))
     for axes, name in zip(np.atleast_1d(figure.subplots(len(names), 1, sharex=True)), names, strict=True):
         rule = RULES[name]
-        values = [np.nan if window[name] is None else window[name] for window in windows]
-        axes.plot(places, values, "o-", color=BLUE)
+        known = [
+            (place, window[name]) for place, window in zip(places, windows, strict=True) if window[name] is not None
+        ]
+        axes.plot(*zip(*known, strict=True), "o-", color=BLUE)
         axes.axhline(rule.watch, linestyle=":", color=GREY)
         if rule.retrain is not None:
             axes.axhline(rule.retrain, linestyle="--", color=RED)
