@@ -24,6 +24,7 @@ from aisle.errors import InputError, ServerError
 
 WATCH_SECONDS = 0.25
 RESTARTS = 5  # within a minute; more is a fault that a restart does not mend
+ROUTER_SECONDS = 60.0
 WARM_UP = [["warm-up"], ["红富士苹果 5斤装 " * 40] * 64]  # one short text, and a batch as large as they come
 
 
@@ -183,6 +184,8 @@ def change(triton: Triton, before: Release, after: Release) -> None:
             _install(triton, before)
             _clear(triton, before)
         raise
+    if not _routed(after):
+        _wait_for_router(triton.process.pid)
     _clear(triton, after)
 
 
@@ -193,6 +196,13 @@ def _install(triton: Triton, release: Release) -> None:
     else:
         triton.view.bind(release.live)
     triton.admin.load(ENSEMBLE)
+
+
+def _wait_for_router(triton: int) -> None:
+    """Wait until a router that was replaced has answered its last request, for which it asks what `_clear` unloads."""
+    deadline = time.monotonic() + ROUTER_SECONDS
+    while any(model == ENSEMBLE for model, _ in _stubs(triton).values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _clear(triton: Triton, release: Release) -> None:
