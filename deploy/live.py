@@ -15,6 +15,7 @@ from aisle.errors import InputError, ServerError
 
 FOLLOW_SECONDS = 600.0  # for loading the new version; a server that says nothing for so long is not waited for
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 30.0  # for the first request of a trial
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,15 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
         release = _follow(repository, replace(steady, candidate=version), "loading")
         if trial.shadow_seconds:
             release = _follow(repository, replace(release, shadow=True), "starting the comparison")
-            traffic = _observe(repository, trial.shadow_seconds, f"comparing version {version} with {steady.live}")
+            traffic = _observe(
+                repository, trial.shadow_seconds, f"comparing version {version} with {steady.live}", "shadow_compared"
+            )
             result["shadow"] = _judge_shadow(traffic, trial)
         if trial.canary:
             release = _follow(repository, replace(release, shadow=False, share=trial.canary), "starting the canary")
-            traffic = _observe(repository, trial.canary_seconds, f"version {version} answers {trial.canary:.1%}")
+            traffic = _observe(
+                repository, trial.canary_seconds, f"version {version} answers {trial.canary:.1%}", "candidate_requests"
+            )
             result["canary"] = _judge_canary(traffic, trial)
         shifted = Release(version, steady.live, revision=release.revision)
         _follow(repository, shifted, "shifting")
@@ -105,10 +110,13 @@ def _follow(repository: Path, release: Release, what: str) -> Release:
     return release
 
 
-def _observe(repository: Path, seconds: int, description: str) -> dict[str, Any]:
-    """Let live traffic flow for some seconds; return what all servers saw, added up."""
+def _observe(repository: Path, seconds: int, description: str, wanted: str) -> dict[str, Any]:
+    """Let live traffic flow for some seconds, for longer while none of it is `wanted`; return what all servers saw."""
     for _ in track(range(seconds), description, seconds):
         time.sleep(1)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not total(servers(repository)).get(wanted) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     time.sleep(2 * TRIAL_SECONDS)  # what was seen last must be reported too
     return total(servers(repository))
 
