@@ -44,10 +44,11 @@ class Phase:
 
 
 def overload(data: Path, text_column: str, url: str, times: float, seconds: int) -> dict[str, Any]:
-    """Measure one caller, as many as fill the server, `times` that rate, and that many again; `seconds` each.
+    """Measure one caller, as many as fill the server, `times` that rate, and one again; `seconds` each.
 
-    Where `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its
-    latencies say nothing of the server. Every text is sent once more with another ending, so that the response cache does not answer it.
+    Every text is sent once more with another ending, so that the response cache does not answer it. Where
+    `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its latencies
+    say nothing of the server.
 
     Raises:
         InputError: the table has no text that can be classified.

@@ -23,6 +23,7 @@ from aisle.build.repository import MANIFEST, MODELS, check_version
 from aisle.client import Classifier, Prediction
 from aisle.deploy.live import Trial, deploy, rollback, total
 from aisle.deploy.release import Release, Status, servers
+from aisle.deploy.view import View
 from aisle.errors import InputError
 from aisle.preprocess.table import fingerprint
 
@@ -197,6 +198,26 @@ def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path) -> None:
     for path in (tmp_path / ".servers").iterdir():
         os.utime(path, (0, 0))
     assert servers(tmp_path) == []
+
+
+def test_what_triton_sees(repository: Path, tmp_path: Path) -> None:
+    """Each ensemble names one version of all its steps, and a GPU's configuration is taken where it is asked for."""
+    view = View(repository, tmp_path / "view", "gpu")
+    view.show(1)
+    view.bind(1)
+    assert "KIND_GPU" in (view.folder / "encoder" / "config.pbtxt").read_text("utf-8")
+    assert "KIND_GPU" not in (view.folder / "tokenizer" / "config.pbtxt").read_text("utf-8")
+    ensemble = (view.folder / "product_classifier" / "config.pbtxt").read_text("utf-8")
+    assert (ensemble.count("model_version: 1\n"), "model_version: -1" in ensemble) == (3, False)
+    assert [path.name for path in (view.folder / "product_classifier").glob("[0-9]*")] == ["1"]
+    view.hide(1)
+    assert view.versions() == set()
+    assert (repository / "encoder" / "1" / "model.bin").exists()
+    bound = tmp_path / "bound"
+    shutil.copytree(repository, bound, symlinks=True)
+    (bound / "product_classifier" / "config.pbtxt").write_text(ensemble, "utf-8")
+    with pytest.raises(InputError, match="each step's model_version must be -1"):
+        View(bound, tmp_path / "other", "").bind(1)
 
 
 def test_every_file_of_a_version_is_checked(repository: Path, tmp_path: Path) -> None:
