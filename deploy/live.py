@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,11 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
         ServerError: a server could not load it, or it failed its trial; the old one goes on serving everywhere.
     """
     version = latest_version(repository) if version is None else version
+    with _alone(repository):
+        return _deploy(repository, version, trial)
+
+
+def _deploy(repository: Path, version: int, trial: Trial) -> dict[str, Any]:
     if version not in versions(repository):
         raise InputError(f"{repository} holds no version {version}; it has {', '.join(map(str, versions(repository)))}")
     check_version(repository, version)
@@ -76,12 +84,30 @@ def rollback(repository: Path) -> dict[str, Any]:
         InputError: there is none, or its files are not what was built.
         ServerError: a server could not load it; the live one goes on serving there.
     """
-    release = Release.load(repository)
-    if release.previous is None:
-        raise InputError(f"{repository}: nothing was deployed after version {release.live}; there is no way back")
-    check_version(repository, release.previous)
-    _follow(repository, Release(release.previous, release.live, revision=release.revision), "shifting back")
+    with _alone(repository):
+        release = Release.load(repository)
+        if release.previous is None:
+            raise InputError(f"{repository}: nothing was deployed after version {release.live}; there is no way back")
+        check_version(repository, release.previous)
+        _follow(repository, Release(release.previous, release.live, revision=release.revision), "shifting back")
     return {"version": release.previous, "previous": release.live, "servers": len(servers(repository))}
+
+
+@contextmanager
+def _alone(repository: Path) -> Iterator[None]:
+    """Make sure that only one change of models is under way.
+
+    Raises:
+        InputError: another one is, or the repository cannot be written.
+    """
+    try:
+        with (repository / ".deploying").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise InputError(f"{repository}: another `aisle deploy` or `aisle rollback` is under way") from None
+    except PermissionError as error:
+        raise InputError(f"cannot write to {repository}: {error.strerror}") from None
 
 
 def _current(repository: Path, version: int) -> Release:

@@ -36,28 +36,32 @@ def serve_forever(options: Options) -> int:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_serving)
-    starts: deque[float] = deque(maxlen=RESTARTS + 1)
-    release: Release | None = None
     status = Status(f"{options.host}:{options.grpc_port}")
     try:
-        while True:
-            starts.append(time.monotonic())
-            try:
-                with started(options, release=release) as triton:
-                    code, release = watch(triton, options, status)
-                say(f"Triton ended with exit code {code}; starting it again")
-            except (InputError, ServerError) as error:
-                if len(starts) == 1:
-                    raise
-                say(f"{error}; trying again")
-            if len(starts) > RESTARTS and starts[-1] - starts[0] < 60:
-                say(f"Triton ended {len(starts)} times within a minute; giving up")
-                return 1
-            time.sleep(min(8.0, 0.25 * 2 ** len([each for each in starts if each > time.monotonic() - 60])))
+        with status.beating(options.repository):
+            return _keep_running(options, status)
     except KeyboardInterrupt:
         return 0
-    finally:
-        status.remove(options.repository)
+
+
+def _keep_running(options: Options, status: Status) -> int:
+    """Start Triton again whenever it ends; return the exit code when that happens too often."""
+    starts: deque[float] = deque(maxlen=RESTARTS + 1)
+    release: Release | None = None
+    while True:
+        starts.append(time.monotonic())
+        try:
+            with started(options, release=release) as triton:
+                code, release = watch(triton, options, status)
+            say(f"Triton ended with exit code {code}; starting it again")
+        except (InputError, ServerError) as error:
+            if len(starts) == 1:
+                raise
+            say(f"{error}; trying again")
+        if len(starts) > RESTARTS and starts[-1] - starts[0] < 60:
+            say(f"Triton ended {len(starts)} times within a minute; giving up")
+            return 1
+        time.sleep(min(8.0, 0.25 * 2 ** len([each for each in starts if each > time.monotonic() - 60])))
 
 
 def watch(triton: Triton, options: Options, status: Status) -> tuple[int, Release]:
@@ -120,7 +124,7 @@ class Supervisor:
             try:
                 self._triton.view.touch(model, version)
                 self._triton.admin.load(model)
-            except ServerError as error:
+            except (ServerError, OSError) as error:
                 say(f"that failed, so all of Triton is started again: {error}")
                 self._triton.process.kill()
         if dead:
@@ -144,7 +148,7 @@ class Supervisor:
                 return
             self._status.revision, self._status.error = wanted.revision, ""
             change(self._triton, self.release, wanted)
-        except (InputError, ServerError) as error:
+        except (InputError, ServerError, OSError) as error:
             self._status.error = " ".join(str(error).split())
             say(f"version {self.release.live} goes on serving: {self._status.error}")
         else:
@@ -161,7 +165,7 @@ def change(triton: Triton, before: Release, after: Release) -> None:
     """Take Triton from one release to another; requests are answered all the time, each by one version.
 
     Raises:
-        InputError, ServerError: the new version cannot be served; everything is as it was.
+        InputError, ServerError, OSError: the new version cannot be served; everything is as it was.
     """
     view, admin = triton.view, triton.admin
     try:
@@ -177,8 +181,8 @@ def change(triton: Triton, before: Release, after: Release) -> None:
                 admin.load(name)
             _warm_up(admin, ensemble_of(tried))
         _install(triton, after)
-    except (InputError, ServerError):
-        with contextlib.suppress(ServerError):
+    except (InputError, ServerError, OSError):
+        with contextlib.suppress(InputError, ServerError, OSError):
             for version in view.versions() - _versions(before):
                 view.hide(version)  # first, for Triton tries again what it could not load
             _install(triton, before)

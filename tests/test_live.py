@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from aisle.build.build import build
 from aisle.build.repository import MANIFEST, MODELS, check_version
 from aisle.client import Classifier, Prediction
+from aisle.deploy import release
 from aisle.deploy.live import Trial, deploy, rollback, total
 from aisle.deploy.release import Release, Status, servers
 from aisle.deploy.view import View
@@ -185,12 +187,16 @@ def test_without_a_server_the_next_one_serves_it(repository: Path, tmp_path: Pat
     assert deploy(copy, 2, Trial())["servers"] == 0
     assert (Release.load(copy).live, Release.load(copy).previous) == (2, 1)
     assert rollback(copy)["version"] == 1
+    with (copy / ".deploying").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is under way"):
+            rollback(copy)
     (copy / "release.json").write_text("{")
     with pytest.raises(InputError, match=r"release\.json is damaged"):
         Release.load(copy)
 
 
-def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path) -> None:
+def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for port, agreed in ((1, 3), (2, 5)):
         traffic = {"shadow_compared": 6, "shadow_agreed": agreed, "changes": {"a → b": 6 - agreed}}
         Status(f"0.0.0.0:{port}", revision=1, traffic=traffic).write(tmp_path)
@@ -198,6 +204,11 @@ def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path) -> None:
     for path in (tmp_path / ".servers").iterdir():
         os.utime(path, (0, 0))
     assert servers(tmp_path) == []
+    monkeypatch.setattr(release, "HEARTBEAT_SECONDS", 0.01)
+    with Status("0.0.0.0:2").beating(tmp_path):
+        while not servers(tmp_path):  # it is seen again
+            time.sleep(0.01)
+    assert [path.name.endswith("-1.json") for path in (tmp_path / ".servers").iterdir()] == [True]
 
 
 def test_what_triton_sees(repository: Path, tmp_path: Path) -> None:
