@@ -73,14 +73,17 @@ class Classifier(Connection):
         Raises:
             Unavailable, Overloaded, ClassifierError: as `classify`, but only after trying for longer.
         """
-        for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request_each):
+        for batch in self._pipeline(_chunks(texts, self._ask_max_batch(patient=True)), top_k, self._request_each):
             yield from batch
 
     @property
     def max_batch(self) -> int:
         """How many texts the server takes in one request."""
+        return self._ask_max_batch()
+
+    def _ask_max_batch(self, patient: bool = False) -> int:
         if self._max_batch is None:
-            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version))
+            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version), patient)
             self._max_batch = max(1, config.config.max_batch_size)
         return self._max_batch
 

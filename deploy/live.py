@@ -130,20 +130,26 @@ def _follow(repository: Path, release: Release, what: str) -> Release:
         if time.monotonic() > deadline:
             raise ServerError(f"{what}: {behind[0].server} has not followed within {FOLLOW_SECONDS:.0f} s; see its log")
         time.sleep(POLL_SECONDS)
+    _check_servers(repository, what)
+    return release
+
+
+def _check_servers(repository: Path, what: str) -> None:
     for each in servers(repository):
         if each.error:
             raise ServerError(f"{what}: {each.server} cannot serve it: {each.error}")
-    return release
 
 
 def _observe(repository: Path, seconds: int, description: str, wanted: str) -> dict[str, Any]:
     """Let live traffic flow for some seconds, for longer while none of it is `wanted`; return what all servers saw."""
     for _ in track(range(seconds), description, seconds):
         time.sleep(1)
+        _check_servers(repository, description)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not total(servers(repository)).get(wanted) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     time.sleep(2 * TRIAL_SECONDS)  # what was seen last must be reported too
+    _check_servers(repository, description)
     return total(servers(repository))
 
 
