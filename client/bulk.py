@@ -41,7 +41,9 @@ def classify_file(
     file_format(out)  # a name that cannot be written is better known now
     start = time.perf_counter()
     columns, total = _survey(source, text_column)
-    classifier.classify(["probe"], top_k)  # so is a server that cannot be reached, or has fewer categories
+    probe = next(classifier.stream(["probe"], top_k))  # so is a server that cannot be reached, or has fewer categories
+    if isinstance(probe, Failure):
+        raise InputError(probe.message)
     partial = out.with_name(out.name + ".partial")
     job = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column, "top_k": top_k}
     done = _resume(partial, job)

@@ -119,7 +119,7 @@ def assert_same(answer: Prediction, expected: Prediction) -> None:
 
 def test_a_new_version_takes_over_and_goes_back_without_losing_a_request(live: Live) -> None:
     with load(live.url) as seen:
-        trial = ["--shadow", "2", "--agreement", "0", "--canary", "0.5", "--canary-seconds", "2"]
+        trial = ["--shadow", "1", "--agreement", "0", "--canary", "0.5", "--canary-seconds", "1"]
         deployed = change("deploy", live.repository, *trial)
         shifted = len(seen.answers)
         other = live.classifier.classify(TEXTS)
