@@ -41,7 +41,7 @@ def classify_file(
     file_format(out)  # a name that cannot be written is better known now
     start = time.perf_counter()
     columns, total = _survey(source, text_column)
-    classifier.probe(top_k)  # so is a server that cannot be reached, or has fewer categories
+    classifier.probe(top_k, patient=True)  # so is a server that cannot be reached, or has fewer categories
     partial = out.with_name(out.name + ".partial")
     job = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column, "top_k": top_k}
     done = _resume(partial, job)

@@ -76,18 +76,25 @@ class Classifier(Connection):
         Raises:
             Unavailable, Overloaded, ClassifierError: as `classify`, but only after trying for longer.
         """
-        for batch in self._pipeline(_chunks(texts, self.max_batch), top_k, self._request_each):
+        for batch in self._pipeline(_chunks(texts, self._ask_max_batch(patient=True)), top_k, self._request_each):
             yield from batch
 
-    def probe(self, top_k: int = 1) -> None:
-        """Ask what leaves no trace in the log: raises as `classify` does, InvalidText if there are fewer categories."""
-        self._ask(["probe"], top_k)
+    def probe(self, top_k: int = 1, *, patient: bool = False) -> None:
+        """Ask what leaves no trace in the log: raises as `classify` does, InvalidText if there are fewer categories.
+
+        Args:
+            patient: wait for a server as `stream` does.
+        """
+        self._ask(["probe"], top_k, patient)
 
     @property
     def max_batch(self) -> int:
         """How many texts the server takes in one request."""
+        return self._ask_max_batch()
+
+    def _ask_max_batch(self, patient: bool = False) -> int:
         if self._max_batch is None:
-            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version))
+            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version), patient)
             self._max_batch = max(1, config.config.max_batch_size)
         return self._max_batch
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from aisle.errors import InputError, ServerError
 
 FOLLOW_SECONDS = 600.0  # for loading the new version; a server that says nothing for so long is not waited for
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 30.0  # for the first request of a trial
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
         ServerError: a server could not load it, or it failed its trial; the old one goes on serving everywhere.
     """
     version = latest_version(repository) if version is None else version
+    with _alone(repository):
+        return _deploy(repository, version, trial)
+
+
+def _deploy(repository: Path, version: int, trial: Trial) -> dict[str, Any]:
     if version not in versions(repository):
         raise InputError(f"{repository} holds no version {version}; it has {', '.join(map(str, versions(repository)))}")
     check_version(repository, version)
@@ -50,11 +59,15 @@ def deploy(repository: Path, version: int | None, trial: Trial) -> dict[str, Any
         release = _follow(repository, replace(steady, candidate=version), "loading")
         if trial.shadow_seconds:
             release = _follow(repository, replace(release, shadow=True), "starting the comparison")
-            traffic = _observe(repository, trial.shadow_seconds, f"comparing version {version} with {steady.live}")
+            traffic = _observe(
+                repository, trial.shadow_seconds, f"comparing version {version} with {steady.live}", "shadow_compared"
+            )
             result["shadow"] = _judge_shadow(traffic, trial)
         if trial.canary:
             release = _follow(repository, replace(release, shadow=False, share=trial.canary), "starting the canary")
-            traffic = _observe(repository, trial.canary_seconds, f"version {version} answers {trial.canary:.1%}")
+            traffic = _observe(
+                repository, trial.canary_seconds, f"version {version} answers {trial.canary:.1%}", "candidate_requests"
+            )
             result["canary"] = _judge_canary(traffic, trial)
         shifted = Release(version, steady.live, revision=release.revision)
         _follow(repository, shifted, "shifting")
@@ -71,12 +84,30 @@ def rollback(repository: Path) -> dict[str, Any]:
         InputError: there is none, or its files are not what was built.
         ServerError: a server could not load it; the live one goes on serving there.
     """
-    release = Release.load(repository)
-    if release.previous is None:
-        raise InputError(f"{repository}: nothing was deployed after version {release.live}; there is no way back")
-    check_version(repository, release.previous)
-    _follow(repository, Release(release.previous, release.live, revision=release.revision), "shifting back")
+    with _alone(repository):
+        release = Release.load(repository)
+        if release.previous is None:
+            raise InputError(f"{repository}: nothing was deployed after version {release.live}; there is no way back")
+        check_version(repository, release.previous)
+        _follow(repository, Release(release.previous, release.live, revision=release.revision), "shifting back")
     return {"version": release.previous, "previous": release.live, "servers": len(servers(repository))}
+
+
+@contextmanager
+def _alone(repository: Path) -> Iterator[None]:
+    """Make sure that only one change of models is under way.
+
+    Raises:
+        InputError: another one is, or the repository cannot be written.
+    """
+    try:
+        with (repository / ".deploying").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise InputError(f"{repository}: another `aisle deploy` or `aisle rollback` is under way") from None
+    except PermissionError as error:
+        raise InputError(f"cannot write to {repository}: {error.strerror}") from None
 
 
 def _current(repository: Path, version: int) -> Release:
@@ -99,17 +130,26 @@ def _follow(repository: Path, release: Release, what: str) -> Release:
         if time.monotonic() > deadline:
             raise ServerError(f"{what}: {behind[0].server} has not followed within {FOLLOW_SECONDS:.0f} s; see its log")
         time.sleep(POLL_SECONDS)
-    for each in servers(repository):
-        if each.error:
-            raise ServerError(f"{what}: {each.server} cannot serve it: {each.error}")
+    _check_servers(repository, what)
     return release
 
 
-def _observe(repository: Path, seconds: int, description: str) -> dict[str, Any]:
-    """Let live traffic flow for some seconds; return what all servers saw, added up."""
+def _check_servers(repository: Path, what: str) -> None:
+    for each in servers(repository):
+        if each.error:
+            raise ServerError(f"{what}: {each.server} cannot serve it: {each.error}")
+
+
+def _observe(repository: Path, seconds: int, description: str, wanted: str) -> dict[str, Any]:
+    """Let live traffic flow for some seconds, for longer while none of it is `wanted`; return what all servers saw."""
     for _ in track(range(seconds), description, seconds):
         time.sleep(1)
+        _check_servers(repository, description)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not total(servers(repository)).get(wanted) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     time.sleep(2 * TRIAL_SECONDS)  # what was seen last must be reported too
+    _check_servers(repository, description)
     return total(servers(repository))
 
 

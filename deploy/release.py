@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +82,25 @@ class Status:
             self._path(repository).parent.mkdir(exist_ok=True)
             _write(self._path(repository), asdict(self))
 
-    def remove(self, repository: Path) -> None:
-        with contextlib.suppress(OSError):
-            self._path(repository).unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def beating(self, repository: Path) -> Iterator[None]:
+        """Show that the server lives, however long it is busy with a change; forget it on leaving."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
+                with contextlib.suppress(OSError):
+                    os.utime(self._path(repository))
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                self._path(repository).unlink(missing_ok=True)
 
     def _path(self, repository: Path) -> Path:
         host, _, port = self.server.rpartition(":")

@@ -24,6 +24,7 @@ from aisle.errors import InputError, ServerError
 
 WATCH_SECONDS = 0.25
 RESTARTS = 5  # within a minute; more is a fault that a restart does not mend
+ROUTER_SECONDS = 60.0
 WARM_UP = [["warm-up"], ["红富士苹果 5斤装 " * 40] * 64]  # one short text, and a batch as large as they come
 
 
@@ -35,28 +36,32 @@ def serve_forever(options: Options) -> int:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_serving)
-    starts: deque[float] = deque(maxlen=RESTARTS + 1)
-    release: Release | None = None
     status = Status(f"{options.host}:{options.grpc_port}")
     try:
-        while True:
-            starts.append(time.monotonic())
-            try:
-                with started(options, release=release) as triton:
-                    code, release = watch(triton, options, status)
-                say(f"Triton ended with exit code {code}; starting it again")
-            except (InputError, ServerError) as error:
-                if len(starts) == 1:
-                    raise
-                say(f"{error}; trying again")
-            if len(starts) > RESTARTS and starts[-1] - starts[0] < 60:
-                say(f"Triton ended {len(starts)} times within a minute; giving up")
-                return 1
-            time.sleep(min(8.0, 0.25 * 2 ** len([each for each in starts if each > time.monotonic() - 60])))
+        with status.beating(options.repository):
+            return _keep_running(options, status)
     except KeyboardInterrupt:
         return 0
-    finally:
-        status.remove(options.repository)
+
+
+def _keep_running(options: Options, status: Status) -> int:
+    """Start Triton again whenever it ends; return the exit code when that happens too often."""
+    starts: deque[float] = deque(maxlen=RESTARTS + 1)
+    release: Release | None = None
+    while True:
+        starts.append(time.monotonic())
+        try:
+            with started(options, release=release) as triton:
+                code, release = watch(triton, options, status)
+            say(f"Triton ended with exit code {code}; starting it again")
+        except (InputError, ServerError) as error:
+            if len(starts) == 1:
+                raise
+            say(f"{error}; trying again")
+        if len(starts) > RESTARTS and starts[-1] - starts[0] < 60:
+            say(f"Triton ended {len(starts)} times within a minute; giving up")
+            return 1
+        time.sleep(min(8.0, 0.25 * 2 ** len([each for each in starts if each > time.monotonic() - 60])))
 
 
 def watch(triton: Triton, options: Options, status: Status) -> tuple[int, Release]:
@@ -119,7 +124,7 @@ class Supervisor:
             try:
                 self._triton.view.touch(model, version)
                 self._triton.admin.load(model)
-            except ServerError as error:
+            except (ServerError, OSError) as error:
                 say(f"that failed, so all of Triton is started again: {error}")
                 self._triton.process.kill()
         if dead:
@@ -143,7 +148,7 @@ class Supervisor:
                 return
             self._status.revision, self._status.error = wanted.revision, ""
             change(self._triton, self.release, wanted)
-        except (InputError, ServerError) as error:
+        except (InputError, ServerError, OSError) as error:
             self._status.error = " ".join(str(error).split())
             say(f"version {self.release.live} goes on serving: {self._status.error}")
         else:
@@ -160,7 +165,7 @@ def change(triton: Triton, before: Release, after: Release) -> None:
     """Take Triton from one release to another; requests are answered all the time, each by one version.
 
     Raises:
-        InputError, ServerError: the new version cannot be served; everything is as it was.
+        InputError, ServerError, OSError: the new version cannot be served; everything is as it was.
     """
     view, admin = triton.view, triton.admin
     try:
@@ -176,13 +181,15 @@ def change(triton: Triton, before: Release, after: Release) -> None:
                 admin.load(name)
             _warm_up(admin, ensemble_of(tried))
         _install(triton, after)
-    except (InputError, ServerError):
-        with contextlib.suppress(ServerError):
+    except (InputError, ServerError, OSError):
+        with contextlib.suppress(InputError, ServerError, OSError):
             for version in view.versions() - _versions(before):
                 view.hide(version)  # first, for Triton tries again what it could not load
             _install(triton, before)
             _clear(triton, before)
         raise
+    if not _routed(after):
+        _wait_for_router(triton.process.pid)
     _clear(triton, after)
 
 
@@ -193,6 +200,13 @@ def _install(triton: Triton, release: Release) -> None:
     else:
         triton.view.bind(release.live)
     triton.admin.load(ENSEMBLE)
+
+
+def _wait_for_router(triton: int) -> None:
+    """Wait until a router that was replaced has answered its last request, for which it asks what `_clear` unloads."""
+    deadline = time.monotonic() + ROUTER_SECONDS
+    while any(model == ENSEMBLE for model, _ in _stubs(triton).values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _clear(triton: Triton, release: Release) -> None:

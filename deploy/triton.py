@@ -100,7 +100,7 @@ def started(options: Options, log: IO[bytes] | None = None, release: Release | N
         ServerError: the server ended before it was ready, or took too long.
     """
     repository = options.repository.resolve()
-    release = release or Release.load(repository)
+    release = Release((release or Release.load(repository)).live)  # a trial is joined later, by who watches
     _check_ports(options)
     with tempfile.TemporaryDirectory(prefix="aisle-triton-") as home, closed(options.grpc_port) as restriction:
         view = View(repository, Path(home, "models"), options.model_config_name)

@@ -33,6 +33,7 @@ class Phase:
             return round(float(np.percentile(times, 99)) * 1e3, 1) if times else None
 
         return {
+            "sent_per_second": round((len(self.answered) + len(self.refused) + self.failed) / self.seconds, 1),
             "texts_per_second": round(len(self.answered) / self.seconds, 1),
             "p50_ms": round(float(np.median(self.answered)) * 1e3, 1) if self.answered else None,
             "p99_ms": p99(self.answered),
@@ -43,9 +44,11 @@ class Phase:
 
 
 def overload(data: Path, text_column: str, url: str, times: float, seconds: int) -> dict[str, Any]:
-    """Measure one caller, as many as fill the server, `times` that rate, and that many again; `seconds` each.
+    """Measure one caller, as many as fill the server, `times` that rate, and one again; `seconds` each.
 
-    Every text is sent once more with another ending, so that the response cache does not answer it.
+    Every text is sent once more with another ending, so that the response cache does not answer it. Where
+    `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its latencies
+    say nothing of the server.
 
     Raises:
         InputError: the table has no text that can be classified.

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
-from aisle.client import Classifier
+from aisle.build.repository import MODELS
+from aisle.client import Classifier, Prediction
 from aisle.client.bulk import classify_file
 from aisle.deploy import supervise
+from aisle.deploy.release import Release, servers
 from aisle.deploy.triton import Options
 from aisle.errors import ServerError
 from aisle.preprocess.table import read_rows, write_rows
@@ -83,6 +85,28 @@ def test_a_file_survives_the_death_of_a_step_and_of_triton(
         assert wait_for(lambda: below(process, "--model-repository=")) != {triton}
     assert (result["rows"], result["errors"], result["resumed_from"]) == (4000, 0, 0)
     assert [row["text"] for row in read_rows(out)] == texts
+
+
+def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    """Should the candidate have been what ended it, it is not tried again and again."""
+    process, url = served
+    repository = tmp_path / "repository"
+    for model in MODELS:
+        shutil.copytree(repository / model / "1", repository / model / "2", symlinks=True)
+    command = [sys.executable, "-m", "aisle", "deploy", "--repository", str(repository), "--version", "2"]
+    command += ["--canary", "0.5", "--canary-seconds", "120"]
+    trial = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: Release.load(repository).share and servers(repository)[0].revision == 2)
+    (triton,) = below(process, "--model-repository=")
+    os.kill(triton, signal.SIGKILL)
+    _, errors = trial.communicate(timeout=60)
+    assert trial.returncode == 1
+    assert "Triton ended while version 2 was tried" in errors
+    with Classifier(url, timeout=60) as classifier:
+        (answer,) = classifier.stream(["红富士苹果"])  # which waits for the server
+    assert isinstance(answer, Prediction)
+    assert answer.version == 1
+    assert Release.load(repository).candidate is None
 
 
 def test_what_is_under_way_is_answered_before_a_server_stops(served: tuple[subprocess.Popen[str], str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from aisle.build.build import build
 from aisle.build.repository import MANIFEST, MODELS, check_version
 from aisle.client import Classifier, Prediction
+from aisle.deploy import release
 from aisle.deploy.live import Trial, deploy, rollback, total
 from aisle.deploy.release import Release, Status, servers
+from aisle.deploy.view import View
 from aisle.errors import InputError
 from aisle.preprocess.table import fingerprint
 
@@ -116,7 +119,7 @@ def assert_same(answer: Prediction, expected: Prediction) -> None:
 
 def test_a_new_version_takes_over_and_goes_back_without_losing_a_request(live: Live) -> None:
     with load(live.url) as seen:
-        trial = ["--shadow", "2", "--agreement", "0", "--canary", "0.5", "--canary-seconds", "2"]
+        trial = ["--shadow", "1", "--agreement", "0", "--canary", "0.5", "--canary-seconds", "1"]
         deployed = change("deploy", live.repository, *trial)
         shifted = len(seen.answers)
         other = live.classifier.classify(TEXTS)
@@ -184,12 +187,16 @@ def test_without_a_server_the_next_one_serves_it(repository: Path, tmp_path: Pat
     assert deploy(copy, 2, Trial())["servers"] == 0
     assert (Release.load(copy).live, Release.load(copy).previous) == (2, 1)
     assert rollback(copy)["version"] == 1
+    with (copy / ".deploying").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is under way"):
+            rollback(copy)
     (copy / "release.json").write_text("{")
     with pytest.raises(InputError, match=r"release\.json is damaged"):
         Release.load(copy)
 
 
-def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path) -> None:
+def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for port, agreed in ((1, 3), (2, 5)):
         traffic = {"shadow_compared": 6, "shadow_agreed": agreed, "changes": {"a → b": 6 - agreed}}
         Status(f"0.0.0.0:{port}", revision=1, traffic=traffic).write(tmp_path)
@@ -197,6 +204,31 @@ def test_what_servers_say_is_added_up_and_forgotten(tmp_path: Path) -> None:
     for path in (tmp_path / ".servers").iterdir():
         os.utime(path, (0, 0))
     assert servers(tmp_path) == []
+    monkeypatch.setattr(release, "HEARTBEAT_SECONDS", 0.01)
+    with Status("0.0.0.0:2").beating(tmp_path):
+        while not servers(tmp_path):  # it is seen again
+            time.sleep(0.01)
+    assert [path.name.endswith("-1.json") for path in (tmp_path / ".servers").iterdir()] == [True]
+
+
+def test_what_triton_sees(repository: Path, tmp_path: Path) -> None:
+    """Each ensemble names one version of all its steps, and a GPU's configuration is taken where it is asked for."""
+    view = View(repository, tmp_path / "view", "gpu")
+    view.show(1)
+    view.bind(1)
+    assert "KIND_GPU" in (view.folder / "encoder" / "config.pbtxt").read_text("utf-8")
+    assert "KIND_GPU" not in (view.folder / "tokenizer" / "config.pbtxt").read_text("utf-8")
+    ensemble = (view.folder / "product_classifier" / "config.pbtxt").read_text("utf-8")
+    assert (ensemble.count("model_version: 1\n"), "model_version: -1" in ensemble) == (3, False)
+    assert [path.name for path in (view.folder / "product_classifier").glob("[0-9]*")] == ["1"]
+    view.hide(1)
+    assert view.versions() == set()
+    assert (repository / "encoder" / "1" / "model.bin").exists()
+    bound = tmp_path / "bound"
+    shutil.copytree(repository, bound, symlinks=True)
+    (bound / "product_classifier" / "config.pbtxt").write_text(ensemble, "utf-8")
+    with pytest.raises(InputError, match="each step's model_version must be -1"):
+        View(bound, tmp_path / "other", "").bind(1)
 
 
 def test_every_file_of_a_version_is_checked(repository: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,9 @@ from tritonclient.grpc import InferenceServerClient
 from aisle.client import Classifier, Overloaded
 from aisle.client.bulk import classify_file
 from aisle.deploy.triton import Options, free_ports, running
+from aisle.errors import InputError
+from aisle.loadtest import soak
+from aisle.loadtest.overload import overload
 from aisle.preprocess.table import read_rows, write_rows
 
 LONG = "红富士苹果 " * 60
@@ -76,3 +81,26 @@ def test_a_file_is_finished_all_the_same(url: str, tmp_path: Path) -> None:
         assert (result["rows"], result["errors"]) == (640, 0)
         assert [row["text"] for row in read_rows(out)] == texts
         assert all(len(future.result()) == len(texts) for future in jam)
+
+
+def test_figures_of_an_overload(url: str, sample: Path) -> None:
+    result = overload(sample, "text", url, times=3, seconds=1)
+    assert result["offered_per_second"] > result["capacity"]["texts_per_second"]
+    assert result["overload"]["refused"] + result["capacity"]["refused"] > 0  # 64 callers are too many for a queue of 2
+    for phase in ("unloaded", "capacity", "overload", "after"):
+        assert result[phase]["failed"] == 0
+        assert result[phase]["p99_ms"] >= result[phase]["p50_ms"] > 0
+    assert result["unloaded"]["refused"] == result["after"]["refused"] == 0
+
+
+def test_memory_is_sampled_by_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.15)
+    with soak.Memory(os.getpid(), tmp_path / "memory.csv") as memory:
+        wait = threading.Event()
+        while len({seconds for seconds, _, _ in memory.rows}) < 4:
+            wait.wait(0.05)
+    assert memory.growth()["mib_end"] > 10
+    rows = list(read_rows(tmp_path / "memory.csv"))
+    assert [float(row["mib"]) for row in rows] == [mib for _, _, mib in memory.rows]
+    with pytest.raises(InputError, match="no process"):
+        soak.Memory(2**22 + 1, tmp_path / "memory.csv")

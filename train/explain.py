@@ -187,7 +187,7 @@ def judging(checkpoint: Checkpoint | None, url: str) -> Iterator[Judge]:
         InputError: neither is given, or they don't belong together.
     """
     if url:
-        with Classifier(url) as classifier:
+        with Classifier.from_environment(url) as classifier:
             yield Served(classifier, checkpoint.labels if checkpoint else None)
     elif checkpoint:
         yield checkpoint

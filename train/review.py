@@ -157,7 +157,7 @@ def _ask(source: Path, url: str, text_column: str, skipped: Counter[str]) -> Ite
             texts.append(text)
             yield text
 
-    with Classifier(url) as classifier:
+    with Classifier.from_environment(url) as classifier:
         for answer in track(classifier.stream(read(), top_k=2), "classifying"):
             text = texts.popleft()
             if isinstance(answer, Failure):
