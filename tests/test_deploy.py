@@ -1,9 +1,13 @@
-"""What deploy/ ships: the chart, rendered by Helm's own code and held against Kubernetes' schemas, and compose."""
+"""What deploy/ ships: the chart, rendered by Helm's own code and held against Kubernetes' schemas, images, compose."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from helm_python import HelmError
 from helm_python.chart import Chart, lint
 
 from aisle.cli import app
+from aisle.client import Classifier
+from aisle.deploy.triton import free_ports
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "aisle"
@@ -174,3 +180,44 @@ def test_images_start_a_command_that_exists(name: str) -> None:
         assert (DEPLOY.parent / words[words.index("-f") + 1]).is_file()
         if "--target" in words:
             assert f" AS {words[words.index('--target') + 1]}\n" in text
+
+
+# What compose and the chart give a container: all read-only but the repository, /tmp and /dev/shm, and no privileges.
+CONTAINED = """
+mount --make-rprivate /
+mount --bind {repository} /srv
+mount -o remount,ro,bind /
+mount -t tmpfs -o {options} tmpfs /tmp
+mount -t tmpfs tmpfs /dev/shm
+if touch /probe 2>/dev/null; then exit 1; fi
+cd {root}
+exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all {python} -m aisle serve --repository /srv \
+    --grpc-port {grpc} --metrics-port {metrics}
+"""
+
+
+def test_the_server_runs_with_nothing_but_what_its_container_gives(repository: Path) -> None:
+    if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("making a mount namespace takes root")
+    if not shutil.which("setpriv") or Path(sys.executable).is_relative_to("/tmp"):
+        pytest.skip("needs setpriv, and a Python outside of /tmp")
+    (options,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["tmpfs"]
+    grpc, metrics = free_ports(2)
+    script = CONTAINED.format(
+        repository=repository,
+        options=options.partition(":")[2],
+        root=DEPLOY.parent,
+        python=sys.executable,
+        grpc=grpc,
+        metrics=metrics,
+    )
+    environment = {**os.environ, "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/tmp"}
+    command = ["unshare", "-m", "sh", "-e", "-c", script]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    assert any(line.startswith("ready: ") for line in process.stderr)
+    with Classifier(f"localhost:{grpc}") as classifier:
+        assert classifier.classify(["红富士苹果"])
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
