@@ -8,7 +8,7 @@ from contextlib import contextmanager
 try:
     from opentelemetry import propagate, trace
 except ModuleNotFoundError:  # without the extra `otel`, nothing is traced
-    trace = None  # type: ignore[assignment]
+    trace = None
 
 # OpenTelemetry's semantic conventions for RPC.
 CALL = {"rpc.system": "grpc", "rpc.service": "inference.GRPCInferenceService", "rpc.method": "ModelInfer"}

@@ -120,6 +120,9 @@ def started(options: Options, log: IO[bytes] | None = None, release: Release | N
             f"--grpc-address={options.host}",
             f"--grpc-port={options.grpc_port}",
             restriction,
+            # Milliseconds: a client that balances then looks the name up again, and finds servers that were added.
+            "--grpc-max-connection-age=300000",
+            "--grpc-max-connection-age-grace=60000",
             f"--metrics-address={options.metrics_host}",
             f"--metrics-port={options.metrics_port}",
             "--disable-auto-complete-config",

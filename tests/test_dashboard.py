@@ -94,9 +94,12 @@ def ask(prometheus: str, query: str) -> list[Any]:
 
 
 def test_every_panel_shows_something(prometheus: str, classifier: Classifier) -> None:
+    rule = yaml.safe_load((ROOT / "deploy" / "prometheus" / "adapter.yaml").read_text())["rules"][0]
+    scaling = rule["metricsQuery"].replace("<<.GroupBy>>", "instance").replace("<<.LabelMatchers>>", 'instance!=""')
+    assert rule["seriesQuery"].partition("{")[0] in metric_names(scaling)
     queries = {
         query.replace("$__rate_interval", "10s").replace("$instance", ".*")
-        for query in QUERIES
+        for query in [*QUERIES, scaling]
         if not metric_names(query) & (names("envoy_") | names("nv_gpu_"))
     }
     empty = set(queries)

@@ -1,0 +1,223 @@
+"""What deploy/ ships: the chart, rendered by Helm's own code and held against Kubernetes' schemas, images, compose."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import typer
+import yaml
+from helm_python import HelmError
+from helm_python.chart import Chart, lint
+
+from aisle.cli import app
+from aisle.client import Classifier
+from aisle.deploy.triton import free_ports
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+CHART = DEPLOY / "helm" / "aisle"
+CUSTOM = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # the Prometheus operator's; Kubernetes has no schema
+VALUES: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
+    "bare": {"gateway": {"enabled": False}, "autoscaling": {"enabled": False}},
+}
+INSTALLED = {
+    "checkpoint": {"claim": "checkpoints", "path": "2026/shop"},
+    "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
+    "traces": {"url": "http://collector:4318/v1/traces"},
+}
+
+
+def render(values: dict[str, Any]) -> list[dict[str, Any]]:
+    manifests = Chart.load(CHART).render({**INSTALLED, **values}, name="shop", namespace="search")
+    return [each for text in manifests.values() for each in yaml.safe_load_all(text) if each]
+
+
+def pods(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each["spec"]["template"]["spec"] for each in manifests if each["kind"] in {"Deployment", "Job"}]
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+def options(name: str) -> set[str]:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def check_command(words: list[str]) -> None:
+    """Make sure that a container's `aisle` command exists, with all of its options."""
+    name, *arguments = words[1:] if words[0] == "aisle" else words
+    assert {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} <= options(name)
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_the_chart_is_what_kubernetes_takes(values: dict[str, Any]) -> None:
+    assert lint(CHART, {**INSTALLED, **values}, strict=True)["errors"] == []
+    manifests = render(values)
+    for manifest in manifests:
+        if manifest["kind"] not in CUSTOM:
+            for version in ("1.30", kubernetes_validate.latest_version()):
+                kubernetes_validate.validate(manifest, version, strict=True)
+    names = [(each["kind"], each["metadata"]["name"]) for each in manifests]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_every_container_is_held_tight(values: dict[str, Any]) -> None:
+    for pod in pods(render(values)):
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in containers(pod):
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"]
+            assert not security["allowPrivilegeEscalation"]
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["requests"]["cpu"]
+            assert container["resources"]["limits"]["memory"]
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            if container["command"][0] == "aisle":
+                check_command(container["command"] + container["args"])
+            elif container["command"][0] == "python3":
+                compile(container["command"][2], "engine", "exec")
+
+
+def test_readiness_follows_the_model_and_pools_their_gpus() -> None:
+    manifests = render(VALUES["gpu"])
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for manifest in manifests:
+        by_kind.setdefault(manifest["kind"], []).append(manifest)
+    for pool in ("h100", "l4"):
+        (server,) = (each for each in by_kind["Deployment"] if each["metadata"]["name"] == f"shop-{pool}")
+        (job,) = (each for each in by_kind["Job"] if each["metadata"]["labels"]["aisle.pool"] == pool)
+        pod, build = server["spec"]["template"]["spec"], job["spec"]["template"]["spec"]
+        assert pod["nodeSelector"] == build["nodeSelector"]  # built on the type of GPU that serves it
+        for container in (pod["containers"][0], build["initContainers"][0]):
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+            (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")
+            assert models["subPath"] == pool
+        probe = pod["containers"][0]["readinessProbe"]["httpGet"]["path"]
+        assert probe == "/v2/models/product_classifier/ready"
+        (scaler,) = (s for s in by_kind["HorizontalPodAutoscaler"] if s["metadata"]["name"] == f"shop-{pool}")
+        assert scaler["spec"]["metrics"][0]["pods"] == {
+            "metric": {"name": "aisle_queue_seconds"},
+            "target": {"type": "AverageValue", "averageValue": "50m"},
+        }
+    (headless,) = (each for each in by_kind["Service"] if each["metadata"]["name"] == "shop-servers")
+    assert headless["spec"]["clusterIP"] == "None"
+    (rule,) = by_kind["PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())
+
+
+def test_another_checkpoint_is_another_job() -> None:
+    def job(path: str) -> str:
+        manifests = render({"checkpoint": {"claim": "checkpoints", "path": path}})
+        return next(str(each["metadata"]["name"]) for each in manifests if each["kind"] == "Job")
+
+    assert job("a") == job("a") != job("b")
+
+
+def test_the_gateway_gets_all_of_its_files() -> None:
+    manifests = render({})
+    (files,) = (m["data"] for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"] == "shop-gateway")
+    assert "address: shop-servers, port_value: 8001" in files["envoy.yaml"]
+    assert not any("example" in name for name in files)
+    read = set(re.findall(r"/etc/envoy/(?!secrets)([\w.]+)", "".join(files.values())))
+    assert read <= files.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"images": {"serve": "aisle:latest", "build": "a:1", "gateway": "e:1"}}, "serve"),
+        ({"replica": 3}, "replica"),
+        ({"checkpoint": {"claim": "checkpoints", "path": ""}}, "path"),
+        ({"pools": {"cpu": {"gpus": 1, "nodeSelector": {}}}}, "nodeSelector"),
+        ({"pools": {"cpu": {"target": "cuda"}}}, "target"),
+    ],
+)
+def test_wrong_values_are_refused(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(HelmError, match=complaint):
+        render(values)
+
+
+def test_compose_names_what_is_there() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services = compose["services"]
+    for service in services.values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        for volume in service["volumes"]:
+            source = volume.partition(":")[0]
+            assert (DEPLOY / source).exists() if source.startswith(".") else source in compose["volumes"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []) if not port.startswith("8443:"))
+    for job in yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"]:
+        assert set(job["dns_sd_configs"][0]["names"]) <= services.keys()
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    assert [source["url"] for source in sources] == ["http://prometheus:9090"]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
+def test_images_start_a_command_that_exists(name: str) -> None:
+    text = (DEPLOY / name).read_text().replace("\\\n", "")
+    assert "\nUSER 1000\n" in text
+    assert 'ENTRYPOINT ["aisle"]' in text
+    check_command(yaml.safe_load(re.findall(r"^CMD (.*)$", text, re.MULTILINE)[-1]))
+    for line in re.findall(r"^# (docker .*?)(?:  #.*)?$", text, re.MULTILINE):
+        words = shlex.split(line)
+        assert (DEPLOY.parent / words[words.index("-f") + 1]).is_file()
+        if "--target" in words:
+            assert f" AS {words[words.index('--target') + 1]}\n" in text
+
+
+# What compose and the chart give a container: all read-only but the repository, /tmp and /dev/shm, and no privileges.
+CONTAINED = """
+mount --make-rprivate /
+mount --bind {repository} /srv
+mount -o remount,ro,bind /
+mount -t tmpfs -o {options} tmpfs /tmp
+mount -t tmpfs tmpfs /dev/shm
+if touch /probe 2>/dev/null; then exit 1; fi
+cd {root}
+exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all {python} -m aisle serve --repository /srv \
+    --grpc-port {grpc} --metrics-port {metrics}
+"""
+
+
+def test_the_server_runs_with_nothing_but_what_its_container_gives(repository: Path) -> None:
+    if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("making a mount namespace takes root")
+    if not shutil.which("setpriv") or any(path.is_relative_to("/tmp") for path in (DEPLOY, Path(sys.executable))):
+        pytest.skip("needs setpriv, and nothing of Aisle under /tmp, which is hidden")
+    (options,) = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["tmpfs"]
+    grpc, metrics = free_ports(2)
+    script = CONTAINED.format(
+        repository=repository,
+        options=options.partition(":")[2],
+        root=DEPLOY.parent,
+        python=sys.executable,
+        grpc=grpc,
+        metrics=metrics,
+    )
+    environment = {**os.environ, "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/tmp"}
+    command = ["unshare", "-m", "sh", "-e", "-c", script]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    assert any(line.startswith("ready: ") for line in process.stderr)
+    with Classifier(f"localhost:{grpc}") as classifier:
+        assert classifier.classify(["红富士苹果"])
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
