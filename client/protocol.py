@@ -21,6 +21,9 @@ OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
 # Triton's own limits: messages of any size, so that a batch of long texts fits.
 CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
+# Triton's Python backend says this to a whole batch if another caller's string tensor in it is cut short; ours never is.
+SPOILT = "incomplete string data"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -127,9 +130,9 @@ def translate(error: InferenceServerException) -> Exception:
     """Return the exception that callers see."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
-    if status == "INVALID_ARGUMENT":
+    if status == "INVALID_ARGUMENT" and SPOILT not in message:
         return InvalidText(message)
-    if status == "UNAVAILABLE":
+    if status == "UNAVAILABLE" or SPOILT in message:
         return Unavailable(status, message)
     return ClassifierError(status, message)
 
