@@ -21,7 +21,7 @@ OUTPUTS = [InferRequestedOutput("category"), InferRequestedOutput("confidence")]
 # Triton's own limits: messages of any size, so that a batch of long texts fits.
 CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
-# Triton's Python backend says this to a whole batch if another caller's string tensor in it is cut short; ours never is.
+# Triton's Python backend says so to a whole batch if a string tensor in it is cut short; ours never is, another's was.
 SPOILT = "incomplete string data"
 
 
