@@ -29,6 +29,8 @@ CHANNEL = [
     # Where the name has several addresses, each is a server, and each request goes to the next that is reachable.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 ]
+# Triton's Python backend says so to a whole batch if a string tensor in it is cut short; ours never is, another's was.
+SPOILT = "incomplete string data"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def translate(error: InferenceServerException) -> Exception:
     """Return the exception that callers see."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
-    if status == "INVALID_ARGUMENT":
+    if status == "INVALID_ARGUMENT" and SPOILT not in message:
         return InvalidText(message)
     if "Exceeds maximum queue size" in message:
         return Overloaded(status, message)
@@ -157,7 +159,7 @@ def translate(error: InferenceServerException) -> Exception:
         return Overloaded("DEADLINE_EXCEEDED", message)
     # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
     passing = "is not healthy" in message or "has no available versions" in message
-    if status == "UNAVAILABLE" or passing:
+    if status == "UNAVAILABLE" or passing or SPOILT in message:
         return Unavailable(status, message)
     return ClassifierError(status, message)
 

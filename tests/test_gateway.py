@@ -118,6 +118,11 @@ def test_the_ensembles_parts_and_extensions_are_closed(channel: grpc.Channel, se
         request = question()
         request.outputs.add(name="confidence").parameters[name].int64_param = 1
         bad.append(request.SerializeToString())
+    for raw in (b"\x02\x00\x00\x00a", b"\x00\x00", b"\xff" * 4, b"\x01\x00\x00\x00ab"):  # lengths that lie
+        request = question()
+        request.inputs[0].ClearField("contents")
+        request.raw_input_contents.append(raw)
+        bad.append(request.SerializeToString())
     crash = question()
     crash.outputs.add(name="category").parameters["classification"].int64_param = 1  # would end Triton
     bad.append(crash.SerializeToString())

@@ -1,9 +1,14 @@
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,3 +49,25 @@ for model in ("tokenizer", "encoder", "labeler"):
 import aisle.deploy.triton
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("name", ["serve", "build", "dev"])
+def test_locks_are_in_step(name: str) -> None:
+    """Each pins, with hashes and no address, what pyproject.toml asks for; torch is left to the machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = (ROOT / "requirements" / f"{name}.lock").read_text()
+    assert "://" not in lock
+    pinned = {}
+    for entry in re.split(r"\n(?=\S)", lock.strip()):
+        requirement, *hashes = entry.split(" \\\n")
+        pinned[Requirement(requirement).name] = Requirement(requirement)
+        assert hashes
+        assert all(each.strip().startswith("--hash=sha256:") for each in hashes)
+    wanted = [*project["dependencies"], f"aisle[{name}]"]
+    for each in wanted:  # grows by the extras that it names
+        requirement = Requirement(each)
+        if requirement.name == "aisle":
+            wanted += [more for extra in requirement.extras for more in project["optional-dependencies"][extra]]
+        elif requirement.name != "torch":
+            (pin,) = pinned[canonicalize_name(requirement.name)].specifier
+            assert requirement.specifier.contains(pin.version)

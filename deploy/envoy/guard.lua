@@ -1,11 +1,14 @@
 -- Looks into each ModelInfer request: only product_classifier may be asked, and its outputs only as they are.
 -- The models inside the ensemble are not for callers. Parameters of an output ask for Triton's classification and
 -- shared-memory extensions; the first, asked of a string tensor as `category`, makes Triton divide by zero and end.
+-- Where a string tensor's lengths run past its end, Triton's Python backend fails the whole batch, neighbours and all.
 -- Of protobuf's encoding this reads no more than it must, and it refuses what it cannot read.
 
 local INFER = "/inference.GRPCInferenceService/ModelInfer"
 local MODEL = "product_classifier"
-local MODEL_NAME, OUTPUTS, OUTPUT_PARAMETERS = 1, 6, 2 -- field numbers of ModelInferRequest and of its outputs
+-- Field numbers of ModelInferRequest, of its inputs and of its outputs.
+local MODEL_NAME, INPUTS, OUTPUTS, RAW = 1, 5, 6, 7
+local DATATYPE, INPUT_PARAMETERS, OUTPUT_PARAMETERS = 2, 4, 2
 local HEADER = 5 -- bytes of a gRPC message's own: whether it is compressed, and its length
 
 -- Return the variable-length number at position i, and the position after it; nothing where there is none.
@@ -43,18 +46,39 @@ local function each(bytes, i, last, visit)
   end
 end
 
+-- Tell whether bytes hold whole strings from first to last, each after its length in four bytes.
+local function whole(bytes, first, last)
+  while first + 3 <= last do
+    local a, b, c, d = bytes:byte(first, first + 3)
+    first = first + 4 + a + b * 2 ^ 8 + c * 2 ^ 16 + d * 2 ^ 24
+  end
+  return first == last + 1
+end
+
 local function check(bytes)
   local size = 0
   for i = 2, HEADER do size = size * 256 + bytes:byte(i) end
   assert(bytes:byte(1) == 0 and HEADER + size == #bytes) -- one message, not compressed
-  local model, plain = nil, true
+  local model, plain, types, raws = nil, true, {}, {}
   each(bytes, HEADER + 1, #bytes, function(field, first, last)
     if field == MODEL_NAME then
       model = bytes:sub(first, last)
+    elseif field == INPUTS then
+      local datatype = ""
+      each(bytes, first, last, function(inner, from, to)
+        if inner == DATATYPE then datatype = bytes:sub(from, to) end
+        plain = plain and inner ~= INPUT_PARAMETERS
+      end)
+      types[#types + 1] = datatype
     elseif field == OUTPUTS then
       each(bytes, first, last, function(inner) plain = plain and inner ~= OUTPUT_PARAMETERS end)
+    elseif field == RAW then
+      raws[#raws + 1] = { first, last }
     end
   end)
+  for i, raw in ipairs(raws) do
+    if types[i] == "BYTES" and not whole(bytes, raw[1], raw[2]) then return false end
+  end
   return model == MODEL and plain
 end
 
@@ -67,7 +91,7 @@ function envoy_on_request(handle)
       [":status"] = "200",
       ["content-type"] = "application/grpc",
       ["grpc-status"] = "3", -- INVALID_ARGUMENT
-      ["grpc-message"] = "ask " .. MODEL .. ", uncompressed and without parameters of outputs",
+      ["grpc-message"] = "ask " .. MODEL .. ", uncompressed, in whole strings, and without parameters of tensors",
     }, "")
   end
 end
