@@ -38,6 +38,7 @@ EXTRAS = {
     "onnxscript": "build",
     "openvino": "build",
     "onnxruntime": "build",
+    "aiohttp": "loadtest",
     "locust": "loadtest",
 }
 

@@ -81,8 +81,8 @@ def schedule(rate: float, seconds: float, seed: int = 0) -> list[float]:
 async def open_loop(call: Call, texts: Iterator[str], rate: float, seconds: float, seed: int = 0) -> Load:
     """Send texts at their scheduled times, whether or not earlier ones are answered.
 
-    Latency counts from the scheduled time: a text that is sent late because the service, or this process, held things up
-    has waited all the same (Tene's "coordinated omission"). The first `WARM_UP` seconds do not count.
+    Latency counts from the scheduled time: a text that is sent late because the service, or this process, held things
+    up has waited all the same (Tene's "coordinated omission"). The first `WARM_UP` seconds do not count.
     """
     latencies: list[float] = []
     failures = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from aisle.build.graph import PackedBert
-from aisle.loadtest import engines
+from aisle.errors import ServerError
+from aisle.loadtest import engines, services, systems
 from aisle.loadtest.forms import FlatBert, flat, padded
-from aisle.loadtest.material import config_of
+from aisle.loadtest.material import config_of, read_texts
 from aisle.preprocess.pack import pack
 from tests.conftest import aisle
 from tests.test_graph import random_bert
@@ -95,3 +98,111 @@ def test_no_such_part() -> None:
     done = aisle("bench", "nothing")
     assert done.returncode == 2
     assert "engines" in done.stderr
+
+
+SERVER = """
+import http.server, json, os, sys
+labels, pid = json.load(open(sys.argv[1] + "/labels.json")), os.getpid()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(pid)
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+        self.answer({"category": labels[len(text) % len(labels)]})
+    def log_message(self, *_):
+        pass
+assert json.loads(sys.argv[3]) == {"batch": 1}
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+def test_services_one_row_a_system_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, repository: Path
+) -> None:
+    """Aisle, its engine and a peer, each for moments; the peer is installed, started, kept asleep and ended."""
+    folder = tmp_path / "here" / "peers" / "other"
+    folder.mkdir(parents=True)
+    (folder / "requirements.txt").write_text("")
+    (folder / "server.py").write_text(SERVER)
+    other = systems.Peer("other", "other", "/classify", ({"batch": 1},))
+    monkeypatch.setattr(systems, "HERE", tmp_path / "here")
+    monkeypatch.setattr(services, "PEERS", (other,))
+    monkeypatch.setattr(services, "SYSTEMS", ("engine", "aisle", "other"))
+    monkeypatch.setattr(services, "built", lambda *_: repository)
+    texts = read_texts(None, "text", 300)
+    plan = services.Plan(("engine", "aisle", "other"), (1, 4), 0.1, 1, tune=True)
+    found = services.measure(checkpoint, texts, plan, tmp_path / "work" / "bench", True)
+
+    rows = {(row["system"], row["load"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"])
+    for system in (services.ENGINE, services.OURS, "other"):
+        assert {row["callers"] for row in found["rows"] if row["system"] == system and row["kind"] == "closed"} == {
+            1,
+            4,
+        }
+    rates = {row["rate"] for row in found["rows"] if row["system"] == services.OURS and row["kind"] == "open"}
+    assert len(rates) == len(services.RATES)
+    offered = {row["rate"] for row in found["rows"] if row["system"] == "other" and row["kind"] == "open"}
+    assert offered
+    assert offered <= rates
+    for row in found["rows"]:
+        assert {"texts_per_second", "p50_ms", "p99_ms", "ratio", "calls", "failures"} <= row.keys()
+        assert row["failures"] == 0
+        if row["p50_ms"] is not None:
+            assert 0 < row["p50_ms"] <= row["p99_ms"]
+        if row["system"] == services.OURS:
+            assert row["ratio"] == 1
+    assert found["agreement"][services.OURS] == 1
+    assert found["agreement"]["other"] < 1
+    assert found["settings"] == {"other": {"batch": 1}}
+    assert found["tuning"]["other"][0]["texts_per_second"] > 0
+    assert found["times_as_fast"]["other"] == found["best"][services.OURS] / found["best"]["other"]
+
+
+def test_a_sleeping_service_takes_no_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "while True: pass"]
+    process = subprocess.Popen(command, start_new_session=True)
+    service = systems.Service("busy", process, 0)
+
+    def state() -> str:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    try:
+        with service.awake():
+            assert state() != "T"
+        assert state() == "T"
+    finally:
+        systems._end(process)
+    assert process.returncode is not None
+
+
+def test_a_peer_that_does_not_start_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    with (
+        pytest.raises(ServerError, match="broken did not start"),
+        systems._running("broken", command, "http://127.0.0.1:1", tmp_path / "broken.log"),
+    ):
+        pass
+    assert "no such thing" in (tmp_path / "broken.log").read_text()
+
+
+def test_no_such_system() -> None:
+    done = aisle("bench", "services", "--quick", "--system", "nothing")
+    assert done.returncode == 2
+    assert "onnxruntime" in done.stderr
+
+
+def test_every_peer_is_pinned() -> None:
+    for peer in systems.PEERS:
+        lines = (systems.HERE / "peers" / peer.folder / "requirements.txt").read_text().split()
+        assert lines
+        assert all("==" in line for line in lines)
+        assert "torch==2.13.0" in lines
+        assert not any(line.startswith(("nvidia-", "triton==")) for line in lines)  # no CUDA build
