@@ -10,7 +10,7 @@ DRAWN = 4096  # at a time
 
 
 def zipf(texts: Sequence[str], seed: int, exponent: float = 1.0) -> Iterator[str]:
-    """Yield texts without end: ranked in an order that the seed sets, the n-th comes in proportion to n ** -exponent."""
+    """Yield texts without end: ranked in an order of the seed's, the n-th comes in proportion to n ** -exponent."""
     rng = random.Random(seed)
     ranked = rng.sample(texts, len(texts))
     cumulative = list(itertools.accumulate(rank**-exponent for rank in range(1, len(ranked) + 1)))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aisle.commands import Json, TextColumn, report, show_rows
+from aisle.commands import Json, TextColumn, Url, report, show_rows
 from aisle.console import stdout
 
 app = typer.Typer()
@@ -53,6 +53,56 @@ def bench(
         quick=quick,
     )
     report(run(parts or PARTS, settings, html), as_json, _show_bench)
+
+
+@app.command()
+def loadtest(
+    data: Annotated[Path, typer.Argument(help="A table of texts to send.")],
+    text_column: TextColumn = "text",
+    url: Url = "localhost:8001",
+    callers: Annotated[
+        list[int] | None, typer.Option(min=1, help="At once, in closed loads; default: 1, 8, 64.")
+    ] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, help="Of the closed loads' throughput, in open loads; default: 0.1 to 1.1."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each load that count.")] = 10.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Of each load, before, that do not.")] = 2.0,
+    zipf: Annotated[float | None, typer.Option(min=0, help="Texts come as Zipf has it, with this exponent.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Send from so many processes.")] = 0,
+    web: Annotated[bool, typer.Option("--web", help="Serve Locust's own page, and start from there.")] = False,
+    second: Annotated[
+        bool, typer.Option("--second-opinion", help="Compare with h2load instead; the server's cache must be off.")
+    ] = False,
+    html: Annotated[Path, typer.Option("--report", help="The page to write; a .json goes beside it.")] = Path(
+        "loadtest/report/loadtest.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Find what a running server bears, with Locust: throughput and latency by load, and the knee."""
+    from aisle.loadtest.run import COLUMNS, Steps, second_opinion
+    from aisle.loadtest.run import loadtest as run
+
+    default = Steps()
+    if second:
+        most = max(callers or default.callers)
+        result = second_opinion(data, text_column, url, most, max(1, round(seconds)))
+        report(result, as_json, _show_second_opinion)
+        return
+    steps = Steps(tuple(callers or default.callers), tuple(share or default.shares), seconds, warm_up, zipf)
+
+    def show(result: dict[str, Any]) -> None:
+        show_rows(COLUMNS, result["rows"])
+        stdout.print(f"knee: {result['knee']} texts/s; see {result['report']}")
+
+    report(run(data, text_column, url, steps, html, workers, web), as_json, show)
+
+
+def _show_second_opinion(result: dict[str, Any]) -> None:
+    for tool in ("h2load", "locust"):
+        stdout.print(f"{tool}: {result[f'{tool}_texts_per_second']:.1f} texts/s, {result['callers']} calls at once")
+    stdout.print(f"Locust finds {result['ratio']:.2f} × what h2load finds")
 
 
 def _show_bench(result: dict[str, Any]) -> None:

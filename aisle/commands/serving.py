@@ -76,26 +76,6 @@ def classify(
 
 
 @app.command()
-def loadtest(
-    data: Annotated[Path, typer.Argument(help="A table of texts to send.")],
-    text_column: TextColumn = "text",
-    url: Url = "localhost:8001",
-    users: Annotated[int, typer.Option(min=1, help="Callers at once, one text each.")] = 32,
-    seconds: Annotated[int, typer.Option(min=1)] = 30,
-    html: Annotated[Path, typer.Option(help="The report to write.")] = Path("loadtest/report/locust.html"),
-    as_json: Json = False,
-) -> None:
-    """Measure a running server under load, with Locust."""
-    from aisle.loadtest.run import loadtest as run
-
-    report(
-        run(data, text_column, url, users, seconds, html),
-        as_json,
-        lambda r: say(f"{r['texts_per_second']} texts/s, p50 {r['p50_ms']} ms, p99 {r['p99_ms']} ms; see {html}"),
-    )
-
-
-@app.command()
 def demo(
     texts: Annotated[Path | None, typer.Argument(help="A file of texts to classify.", show_default="a dozen")] = None,
     repository: Repository = Path("model_repository"),
