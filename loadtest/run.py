@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,10 +12,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import locust
 from matplotlib.figure import Figure
 
 from aisle.client.protocol import MODEL
@@ -92,12 +93,12 @@ def loadtest(
         raise ServerError(f"no call to {url} was answered; is the server up?")
     rows.sort(key=lambda row: (row["offered"] is not None, row["much"]))
     result = {
-        "locust": locust.__version__,
+        "locust": version("locust"),
         "machine": machine(),
         "workers": workers,
         **asdict(steps),
         "rows": rows,
-        "knee": knee(rows),
+        "knee": knee(rows, steps.seconds),
         "peak_texts_per_second": max(row["texts_per_second"] for row in rows),
     }
     try:
@@ -142,15 +143,17 @@ def percentile(times: list[tuple[float, int]], percent: float) -> float:
     return times[-1][0]
 
 
-def knee(rows: Sequence[dict[str, Any]]) -> int | None:
+def knee(rows: Sequence[dict[str, Any]], seconds: float) -> int | None:
     """Return the highest offered load up to which all is answered in time; None where the lightest is too much.
 
-    In time: 95 % of the offered load are answered while it lasts, and p99 is within 5 times that of the lightest load.
+    In time: 95 % of the offered load are answered while it lasts, less two standard deviations of how many calls come
+    by chance, and p99 is within 5 times that of the lightest load.
     """
     offered = [row for row in rows if row["offered"] is not None]
     best: int | None = None
     for row in offered:
-        if row["texts_per_second"] < ANSWERED * row["offered"] or row["p99_ms"] > SLOWER * offered[0]["p99_ms"]:
+        least = ANSWERED * row["offered"] - 2 * math.sqrt(row["offered"] / seconds)
+        if row["texts_per_second"] < least or row["p99_ms"] > SLOWER * offered[0]["p99_ms"]:
             break
         best = row["offered"]
     return best

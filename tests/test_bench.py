@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, value):
         body = json.dumps(value).encode()
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -171,13 +173,17 @@ def test_a_sleeping_service_takes_no_time(tmp_path: Path) -> None:
     process = subprocess.Popen(command, start_new_session=True)
     service = systems.Service("busy", process, 0)
 
-    def state() -> str:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    def stopped() -> bool:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     try:
         with service.awake():
-            assert state() != "T"
-        assert state() == "T"
+            assert not stopped()
+        for _ in range(100):  # a signal takes its time
+            if stopped():
+                break
+            time.sleep(0.05)
+        assert stopped()
     finally:
         systems._end(process)
     assert process.returncode is not None
