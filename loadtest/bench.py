@@ -10,14 +10,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from aisle.errors import InputError
-from aisle.loadtest import engines, services
+from aisle.loadtest import engines, growth, services
 from aisle.loadtest.machine import describe, machine
 from aisle.loadtest.material import random_checkpoint, read_texts
 from aisle.preprocess.encode import Encoder
 from aisle.report import Page
 from aisle.train.checkpoint import load_model, write_json
 
-PARTS = ("engines", "services")
+PARTS = ("engines", "services", "growth")
+DEFAULT = PARTS[:2]
 TEXTS = 20_000  # read of a table: more than a run sends, so that no text comes twice
 
 
@@ -61,7 +62,7 @@ def bench(parts: Sequence[str], settings: Settings, page: Path) -> dict[str, Any
             raise InputError(f"no system {name!r}; choose from {', '.join(services.SYSTEMS)}")
     texts = read_texts(settings.data, settings.text_column, TEXTS)
     size = "tiny" if settings.quick else settings.size
-    checkpoint = settings.model or random_checkpoint(settings.work / size, texts, size)
+    checkpoint = settings.model or random_checkpoint(settings.work / f"{size}-10", texts, size)
     result: dict[str, Any] = {
         "machine": machine(),
         "quick": settings.quick,
@@ -77,6 +78,9 @@ def bench(parts: Sequence[str], settings: Settings, page: Path) -> dict[str, Any
     if "services" in parts:
         random_weights = settings.model is None
         result["services"] = services.measure(checkpoint, texts, settings.plan, settings.work, random_weights)
+    if "growth" in parts:
+        seconds = 0.3 if settings.quick else settings.seconds
+        result["growth"] = growth.measure(texts, size, seconds, settings.work, settings.quick)
     try:
         _page(result).write(page)
         write_json(page.with_suffix(".json"), result)
@@ -94,6 +98,8 @@ def _page(result: dict[str, Any]) -> Page:
         _engines(page, result["engines"])
     if "services" in result:
         _services(page, result["services"])
+    if "growth" in result:
+        growth.add_to(page, result["growth"])
     return page
 
 

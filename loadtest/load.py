@@ -8,8 +8,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-Call = Callable[[str], Awaitable[object]]  # one text to its answer
+Call = Callable[[Any], Awaitable[object]]  # what one call carries, a text or some, to its answer
 WARM_UP = 1.0  # seconds at the start of an open load that do not count
 PATIENCE = 60.0  # seconds after an open load's end in which answers still count; later ones are failures
 
@@ -32,7 +33,7 @@ def percentile(latencies: Sequence[float], percent: float) -> float:
     return sorted(latencies)[max(rank, 1) - 1]
 
 
-async def closed(call: Call, texts: Iterator[str], callers: int, seconds: float) -> Load:
+async def closed(call: Call, texts: Iterator[Any], callers: int, seconds: float) -> Load:
     """Have `callers` callers each send a text as soon as the last one is answered.
 
     It counts from when so many answers have come as there are callers, so that all are under way, for `seconds` or as
@@ -80,7 +81,7 @@ def schedule(rate: float, seconds: float, seed: int = 0) -> list[float]:
     return times
 
 
-async def open_loop(call: Call, texts: Iterator[str], rate: float, seconds: float, seed: int = 0) -> Load:
+async def open_loop(call: Call, texts: Iterator[Any], rate: float, seconds: float, seed: int = 0) -> Load:
     """Send texts at their scheduled times, whether or not earlier ones are answered.
 
     Latency counts from the scheduled time: a text that is sent late because the service, or this process, held things
@@ -91,7 +92,7 @@ async def open_loop(call: Call, texts: Iterator[str], rate: float, seconds: floa
     last = WARM_UP
     start = time.perf_counter()
 
-    async def send(due: float, text: str) -> None:
+    async def send(due: float, text: Any) -> None:
         nonlocal failures, last
         try:
             await call(text)

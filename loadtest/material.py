@@ -12,20 +12,20 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification
 
-from aisle.console import say
+from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.preprocess.clean import Table, TextError, prepare
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import read_labelled
 from aisle.train.catalogue import generate
 from aisle.train.checkpoint import write_json
-from aisle.train.evaluate import logits_of, pad
+from aisle.train.evaluate import pad
 from aisle.train.model import SPECIAL, label_names
 from aisle.train.sample import Sample, write_sample
 
 VOCABULARY = 21128  # of BERT-base-Chinese
 LEARNT_FROM = 20_000  # texts
-SAMPLE = {"train": 64, "validation": 32, "held_out": 128}  # texts: random weights need no better calibration
+SAMPLE = {"train": 32, "validation": 32, "held_out": 64}  # texts: random weights need no better calibration
 DIRECTIONS = 4  # of the pooled output's variance that the classifier reads
 GAIN = 1.5  # of each layer: texts then differ by more than an engine's rounding, which BERT's own 0.02 would not give
 SIZES = {  # hidden size, layers; heads of 64 and four times the width between, as in BERT
@@ -97,12 +97,12 @@ def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", la
     model = random_bert(size, labels)
     chosen = random.Random(0).choices(texts, k=sum(SAMPLE.values()))
     tokens = encoder.tokens(chosen)
-    spread_out(model, tokens)
+    best = spread_out(model, tokens)
     model.save_pretrained(folder)
     names = [model.config.id2label[number] for number in range(labels)]
     write_json(folder / "labels.json", names)
     # The categories are the model's own: what the gate then counts as a loss is disagreement.
-    own = [names[number] for number in logits_of(model, tokens, "its own categories").argmax(1)]
+    own = [names[number] for number in best]
     parts, start = [], 0
     for count in SAMPLE.values():
         parts.append(Table(chosen[start : start + count], own[start : start + count]))
@@ -112,12 +112,15 @@ def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", la
     return folder
 
 
-def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> None:
-    """Set the classifier to random mixes of the first principal components of these texts' pooled outputs."""
+def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> list[int]:
+    """Set the classifier to random mixes of the first principal components of these texts' pooled outputs.
+
+    Returns each text's category.
+    """
     classifier, read = model.classifier, []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     with torch.inference_mode():
-        for start in range(0, len(tokens), 16):
+        for start in track(range(0, len(tokens), 16), "reading the texts"):
             input_ids, attention_mask = pad(tokens[start : start + 16])
             model(input_ids=input_ids, attention_mask=attention_mask)
     hook.remove()
@@ -129,6 +132,8 @@ def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> None:
     mixes = torch.randn(classifier.out_features, len(first), generator=torch.Generator().manual_seed(0))
     classifier.weight.data = 4 * torch.nn.functional.normalize(mixes) @ first / spread
     classifier.bias.data = -classifier.weight.data @ mean
+    best: list[int] = torch.nn.functional.linear(pooled, classifier.weight, classifier.bias).argmax(1).tolist()
+    return best
 
 
 def write_tokenizer(path: Path, texts: Sequence[str], max_tokens: int = 128) -> None:

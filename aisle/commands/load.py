@@ -15,7 +15,9 @@ app = typer.Typer()
 
 @app.command()
 def bench(
-    parts: Annotated[list[str] | None, typer.Argument(help="engines, services; by default all.")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="engines, services, growth; default: the first two.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="A table of texts; the SYNTHETIC catalogue by default.")] = None,
     text_column: TextColumn = "text",
     model: Annotated[
@@ -34,11 +36,11 @@ def bench(
     ),
     as_json: Json = False,
 ) -> None:
-    """Measure the engines, and the services beside their peers, in one run on this machine.
+    """Measure the engines, the services beside their peers, and how cost grows, in one run on this machine.
 
     A peer's environment is made under work/peers when it is first measured.
     """
-    from aisle.loadtest.bench import PARTS, Settings
+    from aisle.loadtest.bench import DEFAULT, Settings
     from aisle.loadtest.bench import bench as run
     from aisle.loadtest.services import SYSTEMS
 
@@ -52,7 +54,7 @@ def bench(
         tune=tune,
         quick=quick,
     )
-    report(run(parts or PARTS, settings, html), as_json, _show_bench)
+    report(run(parts or DEFAULT, settings, html), as_json, _show_bench)
 
 
 @app.command()
@@ -106,7 +108,7 @@ def _show_second_opinion(result: dict[str, Any]) -> None:
 
 
 def _show_bench(result: dict[str, Any]) -> None:
-    from aisle.loadtest import engines, services
+    from aisle.loadtest import engines, growth, services
     from aisle.loadtest.bench import engines_summary, services_summary
     from aisle.loadtest.machine import describe
 
@@ -118,4 +120,8 @@ def _show_bench(result: dict[str, Any]) -> None:
         show_rows(services.COLUMNS, result["services"]["rows"])
         for line in services_summary(result["services"]):
             stdout.print(line)
+    if "growth" in result:
+        show_rows(growth.COLUMNS, result["growth"]["rows"])
+        sizes = [{"model": model, **each} for model, each in result["growth"]["sizing"].items()]
+        show_rows({key: key.replace("_", " ") for key in sizes[0]}, sizes)
     stdout.print(f"see {result['report']}")
