@@ -35,11 +35,12 @@ serve: .venv/ready
 classify: .venv/ready ## FILE=FILE OUT=FILE [URL=HOST:PORT]
 	$(AISLE) classify $(FILE) -o $(OUT) --url $(URL)
 
-loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE
-	$(AISLE) loadtest $(DATA) --url $(URL)
+loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE [OPTIONS="--zipf 1 --workers 2 --web"]
+	$(AISLE) loadtest $(DATA) --url $(URL) $(OPTIONS)
 
-bench: .venv/ready ## [DATA=FILE] [MODEL=DIR]: side by side with others, loadtest/report/bench.html
-	$(AISLE) bench $(if $(DATA),--data $(DATA)) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
+bench: .venv/ready ## [DATA=FILE] [MODEL=DIR] [OPTIONS=--tune]: side by side with others, loadtest/report/bench.html
+	$(AISLE) bench $(if $(DATA),--data $(DATA)) $(if $(filter command line,$(origin MODEL)),--model $(MODEL)) $(OPTIONS)
+
 drift: .venv/ready ## LOG=FILE [CHECKPOINT=DIR]: whether to retrain
 	$(AISLE) drift $(CHECKPOINT) $(LOG)
 

@@ -40,6 +40,7 @@ EXTRAS = {
     "onnxscript": "build",
     "openvino": "build",
     "onnxruntime": "build",
+    "aiohttp": "loadtest",
     "locust": "loadtest",
 }
 

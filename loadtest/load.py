@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-Call = Callable[[str], Awaitable[object]]  # one text to its answer
+Call = Callable[[Any], Awaitable[object]]  # what one call carries, a text or some, to its answer
 WARM_UP = 1.0  # seconds at the start of an open load that do not count
 PATIENCE = 60.0  # seconds after an open load's end in which answers still count; later ones are failures
 
@@ -27,10 +27,13 @@ class Load:
 
 def percentile(latencies: Sequence[float], percent: float) -> float:
     """Return the least latency that `percent` of the calls did not exceed (nearest rank); NaN where there is none."""
-    return float(np.percentile(latencies, percent, method="inverted_cdf")) if len(latencies) else float("nan")
+    if not latencies:
+        return math.nan
+    rank = math.ceil(percent * len(latencies) / 100 - 1e-9)  # 99.9 % of 1000 are 999, whatever floats make of it
+    return sorted(latencies)[max(rank, 1) - 1]
 
 
-async def closed(call: Call, texts: Iterator[str], callers: int, seconds: float) -> Load:
+async def closed(call: Call, texts: Iterator[Any], callers: int, seconds: float) -> Load:
     """Have `callers` callers each send a text as soon as the last one is answered.
 
     It counts from when so many answers have come as there are callers, so that all are under way, for `seconds` or as
@@ -78,18 +81,18 @@ def schedule(rate: float, seconds: float, seed: int = 0) -> list[float]:
     return times
 
 
-async def open_loop(call: Call, texts: Iterator[str], rate: float, seconds: float, seed: int = 0) -> Load:
+async def open_loop(call: Call, texts: Iterator[Any], rate: float, seconds: float, seed: int = 0) -> Load:
     """Send texts at their scheduled times, whether or not earlier ones are answered.
 
-    Latency counts from the scheduled time: a text that is sent late because the service, or this process, held things up
-    has waited all the same (Tene's "coordinated omission"). The first `WARM_UP` seconds do not count.
+    Latency counts from the scheduled time: a text that is sent late because the service, or this process, held things
+    up has waited all the same (Tene's "coordinated omission"). The first `WARM_UP` seconds do not count.
     """
     latencies: list[float] = []
     failures = 0
     last = WARM_UP
     start = time.perf_counter()
 
-    async def send(due: float, text: str) -> None:
+    async def send(due: float, text: Any) -> None:
         nonlocal failures, last
         try:
             await call(text)

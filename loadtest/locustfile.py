@@ -1,68 +1,145 @@
-"""A Locust user that calls the server as a service would: one text a request, over one gRPC channel.
+"""Locust users that call the server as services would, one text a call, and the shape of the load that they make.
 
-gRPC's own gevent support turns its blocking calls into cooperative ones, so that one process runs many users.
+gRPC's own gevent support turns its blocking calls into cooperative ones: one process runs thousands of calls at once
+over one channel, with the product's own client. Every process of a distributed run reads the same settings:
+AISLE_DATA, AISLE_TEXT_COLUMN, and AISLE_STEPS, a JSON object of `run.Steps`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import random
 import time
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gevent
 import grpc.experimental.gevent as grpc_gevent
-from locust import User, constant, events, task
+from locust import LoadTestShape, User, constant, events, task
+from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner
 
 from aisle.client import Classifier
+from aisle.loadtest.run import Steps, label
+from aisle.loadtest.zipf import zipf
 from aisle.preprocess.clean import TextError, prepare
 from aisle.preprocess.table import read_labelled
 
 grpc_gevent.init_gevent()
 
-texts: list[str] = []
-following = itertools.count()
+steps = Steps(**json.loads(os.environ["AISLE_STEPS"]))
+WARMING = "warm-up"
+counting = {"kind": "closed", "name": WARMING}  # what load there is, and under which name its answers are counted
 
 
-def read_texts(**_: Any) -> None:
-    """Take the texts of AISLE_DATA that can be classified, in the file's order."""
+@cache
+def texts() -> Iterator[str]:
+    """Return the texts of AISLE_DATA that can be classified: in random order again and again, or as Zipf has it."""
     column = os.environ.get("AISLE_TEXT_COLUMN", "text")
+    found = []
     for text, _label in read_labelled(Path(os.environ["AISLE_DATA"]), column, column):
         try:
             prepare(text)
         except TextError:
             continue
-        texts.append(text or "")
+        found.append(text or "")
+    seed = os.getpid()  # each worker its own
+    if steps.zipf is not None:
+        return zipf(found, seed, steps.zipf)
+    return itertools.cycle(random.Random(seed).sample(found, len(found)))
 
 
-events.test_start.add_listener(read_texts)  # type: ignore[no-untyped-call]
+@cache
+def classifier(host: str) -> Classifier:
+    """Return the process's only client: one channel for all users."""
+    return Classifier.from_environment(host, timeout=60.0)
 
 
-class Service(User):
-    """Sends its next text as soon as the last one is answered (a closed loop)."""
+class Caller(User):
+    """In a closed loop, sends its next text as soon as the last one is answered.
+
+    In an open loop it makes one call a second on average, at random times, answered or not: n users are n calls a
+    second, as independent Poisson processes add up to one, over however many workers they are spread.
+    """
 
     wait_time = constant(0)
-
-    def on_start(self) -> None:
-        self.classifier = Classifier.from_environment(self.host or "localhost:8001")
-
-    def on_stop(self) -> None:
-        self.classifier.close()
+    due: float | None = None  # its last call in an open loop
 
     @task
     def classify(self) -> None:
-        text = texts[next(following) % len(texts)]
-        start = time.perf_counter()
+        now = time.perf_counter()
+        if counting["kind"] == "closed":
+            self.send(now)
+            return
+        self.due = (self.due or now) + random.expovariate(1)
+        gevent.sleep(max(0.0, self.due - now))
+        gevent.spawn(self.send, self.due)
+
+    def send(self, due: float) -> None:
+        """Send a text and count the answer, with its time since it was due."""
         error: Exception | None = None
         try:
-            self.classifier.classify([text])
+            classifier(self.host or "localhost:8001").classify([next(texts())])
         except Exception as caught:
             error = caught
         self.environment.events.request.fire(
             request_type="grpc",
-            name="classify",
-            response_time=(time.perf_counter() - start) * 1e3,
+            name=counting["name"],
+            response_time=(time.perf_counter() - due) * 1e3,
             response_length=0,
             exception=error,
             context={},
         )
+
+
+class Shape(LoadTestShape):
+    """First the closed loads; then open ones, at shares of the throughput that the closed ones reached."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.todo: list[tuple[str, int]] = [("closed", callers) for callers in steps.callers]
+        self.step: tuple[str, int] = self.todo[0]
+        self.over = 0.0
+
+    def tick(self) -> Any:
+        """Return users, and how many to start a second; None ends the test. Called every second."""
+        if time.monotonic() >= self.over:
+            if not self.todo and self.step == ("closed", steps.callers[-1]):
+                self.todo = [("open", rate) for rate in self._rates()]
+            if not self.todo:
+                return None
+            self.step = self.todo.pop(0)
+            self._count_as(WARMING)
+            # By the clock, as ticks are too coarse.
+            gevent.spawn_later(steps.warm_up, self._count_as, label(*self.step))
+            gevent.spawn_later(steps.warm_up + steps.seconds, self._count_as, WARMING)
+            self.over = time.monotonic() + steps.warm_up + steps.seconds
+            if self.step == ("closed", steps.callers[-1]) and isinstance(self.runner, MasterRunner):
+                self.over += WORKER_REPORT_INTERVAL + 1  # until all workers have told what they counted
+        return self.step[1], 1000
+
+    def _rates(self) -> list[int]:
+        counted = [self._runner.stats.get(label("closed", callers), "grpc").num_requests for callers in steps.callers]
+        return sorted({max(1, round(max(counted) / steps.seconds * share)) for share in steps.shares})
+
+    def _count_as(self, name: str) -> None:
+        self._runner.send_message("count", {"kind": self.step[0], "name": name})
+
+    @property
+    def _runner(self) -> Any:
+        return self.runner
+
+
+def count(environment: Any, msg: Any, **_: Any) -> None:
+    counting.update(msg.data)
+
+
+def listen(environment: Any, **_: Any) -> None:
+    texts()  # read before the load, not in its first second
+    environment.runner.register_message("count", count)
+
+
+events.init.add_listener(listen)  # type: ignore[no-untyped-call]

@@ -12,22 +12,22 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification
 
-from aisle.console import say
+from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.preprocess.clean import Table, TextError, prepare
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import read_labelled
 from aisle.train.catalogue import generate
 from aisle.train.checkpoint import write_json
-from aisle.train.evaluate import logits_of, pad
+from aisle.train.evaluate import pad
 from aisle.train.model import SPECIAL, label_names
 from aisle.train.sample import Sample, write_sample
 
 VOCABULARY = 21128  # of BERT-base-Chinese
 LEARNT_FROM = 20_000  # texts
-SAMPLE = {"train": 64, "validation": 32, "held_out": 128}  # texts: random weights need no better calibration
-DIRECTIONS = 4  # of the pooled output's variance that the classifier reads
-GAIN = 1.5  # of each layer: texts then differ by more than an engine's rounding, which BERT's own 0.02 would not give
+SAMPLE = {"train": 32, "validation": 32, "held_out": 64}  # texts: random weights need no better calibration
+DIRECTIONS = 1  # of the pooled outputs' variance that the classifier reads: with more, INT8 turns over near ties
+GAIN = 1.0  # of each layer: texts then differ by more than an engine's rounding, which BERT's own 0.02 would not give
 SIZES = {  # hidden size, layers; heads of 64 and four times the width between, as in BERT
     "tiny": (64, 2),
     "4x256": (256, 4),
@@ -81,10 +81,17 @@ def random_bert(size: str, labels: int) -> Any:
 def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", labels: int = 10) -> Path:
     """Make a checkpoint of random weights; one that was made in the same way is used again.
 
-    A random classifier on top would answer every text alike. This one reads the directions in which the pooled outputs
-    of the texts differ most, so that each category is some texts' and an engine can be held against PyTorch.
+    A random classifier on top would answer every text alike. This one reads the direction in which the pooled outputs
+    of the texts differ most, so that an engine can be held against PyTorch; few of the categories are ever answered.
+    How well a trained model's INT8 agrees, only a trained model shows.
     """
-    recipe = {"size": size, "labels": labels, "texts": len(texts), "first": texts[0], "random weights": True}
+    recipe = {
+        "size": size,
+        "labels": labels,
+        "texts": len(texts),
+        "first": texts[0],
+        "random weights": [GAIN, DIRECTIONS],
+    }
     try:
         if json.loads((folder / "training.json").read_text("utf-8")) == recipe:
             return folder
@@ -97,12 +104,12 @@ def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", la
     model = random_bert(size, labels)
     chosen = random.Random(0).choices(texts, k=sum(SAMPLE.values()))
     tokens = encoder.tokens(chosen)
-    spread_out(model, tokens)
+    best = spread_out(model, tokens)
     model.save_pretrained(folder)
     names = [model.config.id2label[number] for number in range(labels)]
     write_json(folder / "labels.json", names)
     # The categories are the model's own: what the gate then counts as a loss is disagreement.
-    own = [names[number] for number in logits_of(model, tokens, "its own categories").argmax(1)]
+    own = [names[number] for number in best]
     parts, start = [], 0
     for count in SAMPLE.values():
         parts.append(Table(chosen[start : start + count], own[start : start + count]))
@@ -112,12 +119,15 @@ def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", la
     return folder
 
 
-def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> None:
-    """Set the classifier to random mixes of the first principal components of these texts' pooled outputs."""
+def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> list[int]:
+    """Set the classifier to random mixes of the first principal components of these texts' pooled outputs.
+
+    Returns each text's category.
+    """
     classifier, read = model.classifier, []
     hook = classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     with torch.inference_mode():
-        for start in range(0, len(tokens), 16):
+        for start in track(range(0, len(tokens), 16), "reading the texts"):
             input_ids, attention_mask = pad(tokens[start : start + 16])
             model(input_ids=input_ids, attention_mask=attention_mask)
     hook.remove()
@@ -129,6 +139,8 @@ def spread_out(model: Any, tokens: Sequence[Sequence[int]]) -> None:
     mixes = torch.randn(classifier.out_features, len(first), generator=torch.Generator().manual_seed(0))
     classifier.weight.data = 4 * torch.nn.functional.normalize(mixes) @ first / spread
     classifier.bias.data = -classifier.weight.data @ mean
+    best: list[int] = torch.nn.functional.linear(pooled, classifier.weight, classifier.bias).argmax(1).tolist()
+    return best
 
 
 def write_tokenizer(path: Path, texts: Sequence[str], max_tokens: int = 128) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from aisle.build.engine import Engine, load_engine
 from aisle.build.gate import Gate, call
 from aisle.build.repository import TEMPLATE, latest_version
 from aisle.console import say, track
-from aisle.errors import InputError, ServerError
+from aisle.errors import ServerError
 from aisle.loadtest.load import Call, Load, closed, open_loop, percentile
 from aisle.loadtest.systems import OURS, PEERS, Peer, Service, aisle, install, peer, transformers_layout
 from aisle.preprocess.encode import Encoder
@@ -65,12 +65,9 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
     throughput in the first round. Latencies of all rounds are pooled, throughput is the rounds' median.
 
     Raises:
-        InputError: there is no such system, or a peer's environment cannot be made.
+        InputError: a peer's environment cannot be made.
         ServerError: a system did not start.
     """
-    for name in plan.systems:
-        if name not in SYSTEMS:
-            raise InputError(f"no system {name!r}; choose from {', '.join(SYSTEMS)}")
     repository, layout = built(checkpoint, work, random_weights), transformers_layout(checkpoint, work / "transformers")
     peers = [each for each in PEERS if each.folder in plan.systems]
     for each in peers:
@@ -86,7 +83,7 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
             settings = _settings(each, work)
             log = work / "logs" / f"{each.folder}.log"
             services.append(_asleep(stack, peer(each, settings, layout, work.parent / "peers", log)))
-        agreement = {each.name: _agreement(each, texts[:CHECKED], expected) for each in services}
+        agreement = {service.name: _agreement(service, texts[:CHECKED], expected) for service in services}
         engine = load_engine(repository / "encoder" / str(latest_version(repository)))
         tokens = Encoder(checkpoint / "tokenizer.json").tokens(texts[:1024])
 
@@ -95,27 +92,34 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
 
         rates: list[float] = []
         for number in range(plan.rounds):
-            for callers in track(plan.callers, f"round {number + 1} of {plan.rounds}, closed loads"):
+            name = f"round {number + 1} of {plan.rounds}"
+
+            def put(service: Service, kind: tuple[str, Any], number: int = number) -> None:
+                def load(each: Call) -> Awaitable[Load]:
+                    some = _from(texts, number)
+                    if kind[0] == "closed":
+                        return closed(each, some, kind[1], plan.seconds)
+                    return open_loop(each, some, kind[1], plan.seconds, number)
+
+                record(service.name, kind, _under(service, load))
+
+            for callers in track(plan.callers, f"{name}, closed loads"):
                 if "engine" in plan.systems:
                     record(ENGINE, ("closed", callers), _engine(engine, tokens, callers, plan.seconds))
-                for each in services:
-                    load = _under(each, lambda c, n=callers: closed(c, _from(texts, number), n, plan.seconds))
-                    record(each.name, ("closed", callers), load)
-            peaks = {each.name: _peak(loads, each.name) for each in services}
+                for service in services:
+                    put(service, ("closed", callers))
+            peaks = {service.name: _peak(loads, service.name) for service in services}
             if not rates and services:
                 rates = [round(share * peaks[services[0].name], 1) for share in RATES]
-            for rate in track(rates, f"round {number + 1} of {plan.rounds}, open loads"):
-                for each in services:
+            for rate in track(rates, f"{name}, open loads"):
+                for service in services:
                     first = rate == rates[0]  # something must be compared, be it more than a peer can bear
-                    if each.name == OURS or first or rate <= REACH * peaks[each.name]:
-                        load = _under(
-                            each, lambda c, r=rate: open_loop(c, _from(texts, number), r, plan.seconds, number)
-                        )
-                        record(each.name, ("open", rate), load)
+                    if service.name == OURS or first or rate <= REACH * peaks[service.name]:
+                        put(service, ("open", rate))
     rows = _rows(loads)
     return {
         "rows": rows,
-        "settings": {each.name: each.settings for each in services if each.peer},
+        "settings": {service.name: service.settings for service in services if service.peer},
         "agreement": agreement,
         "checked_texts": len(expected),
         "tuning": tuning,
@@ -143,7 +147,9 @@ def tune(which: Peer, layout: Path, texts: Sequence[str], plan: Plan, work: Path
         log = work / "logs" / f"{which.folder}-tuning.log"
         try:
             with peer(which, settings, layout, work.parent / "peers", log) as service:
-                speed = _under(service, lambda c: closed(c, _from(texts, 0), TUNED_AT, plan.seconds)).texts_per_second
+                speed = _under(
+                    service, lambda each: closed(each, _from(texts, 0), TUNED_AT, plan.seconds)
+                ).texts_per_second
         except ServerError as error:
             say(str(error))
             speed = 0.0
@@ -170,7 +176,7 @@ def _asleep(stack: ExitStack, starting: Any) -> Service:
     return service
 
 
-def _under(service: Service, load: Callable[[Call], Any]) -> Any:
+def _under(service: Service, load: Callable[[Call], Awaitable[Any]]) -> Any:
     """Wake a service and put a load on it."""
 
     async def run() -> Any:

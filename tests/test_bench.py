@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,12 @@ import pytest
 import torch
 
 from aisle.build.graph import PackedBert
-from aisle.loadtest import engines
+from aisle.errors import InputError, ServerError
+from aisle.loadtest import engines, growth, services, systems
+from aisle.loadtest.bench import Settings, bench
 from aisle.loadtest.forms import FlatBert, flat, padded
-from aisle.loadtest.material import config_of
+from aisle.loadtest.material import config_of, read_texts, write_tokenizer
+from aisle.preprocess.encode import Encoder
 from aisle.preprocess.pack import pack
 from tests.conftest import aisle
 from tests.test_graph import random_bert
@@ -91,7 +97,129 @@ def test_bench_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "<svg" in text
 
 
-def test_no_such_part() -> None:
-    done = aisle("bench", "nothing")
-    assert done.returncode == 2
-    assert "engines" in done.stderr
+def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="engines, services, growth"):
+        bench(("nothing",), Settings(), tmp_path / "bench.html")
+    with pytest.raises(InputError, match="onnxruntime"):
+        bench(("services",), Settings(systems=("nothing",)), tmp_path / "bench.html")
+
+
+SERVER = """
+import http.server, json, os, sys
+labels, pid = json.load(open(sys.argv[1] + "/labels.json")), os.getpid()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(pid)
+    def do_POST(self):
+        text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+        self.answer({"category": labels[len(text) % len(labels)]})
+    def log_message(self, *_):
+        pass
+assert json.loads(sys.argv[3]) == {"batch": 1}
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+def test_services_one_row_a_system_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, repository: Path
+) -> None:
+    """Aisle, its engine and a peer, each for moments; the peer is installed, started, kept asleep and ended."""
+    folder = tmp_path / "here" / "peers" / "other"
+    folder.mkdir(parents=True)
+    (folder / "requirements.txt").write_text("")
+    (folder / "server.py").write_text(SERVER)
+    other = systems.Peer("other", "other", "/classify", ({"batch": 1},))
+    monkeypatch.setattr(systems, "HERE", tmp_path / "here")
+    monkeypatch.setattr(services, "PEERS", (other,))
+    monkeypatch.setattr(services, "SYSTEMS", ("engine", "aisle", "other"))
+    monkeypatch.setattr(services, "built", lambda *_: repository)
+    texts = read_texts(None, "text", 300)
+    plan = services.Plan(("engine", "aisle", "other"), (1, 4), 0.1, 1, tune=True)
+    found = services.measure(checkpoint, texts, plan, tmp_path / "work" / "bench", True)
+
+    rows = {(row["system"], row["load"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"])
+    for system in (services.ENGINE, services.OURS, "other"):
+        assert {(system, "1 at once"), (system, "4 at once")} <= rows.keys()
+    rates = {row["rate"] for row in found["rows"] if row["system"] == services.OURS and row["kind"] == "open"}
+    assert len(rates) == len(services.RATES)
+    offered = {row["rate"] for row in found["rows"] if row["system"] == "other" and row["kind"] == "open"}
+    assert offered
+    assert offered <= rates
+    for row in found["rows"]:
+        assert {"texts_per_second", "p50_ms", "p99_ms", "ratio", "calls", "failures"} <= row.keys()
+        assert row["failures"] == 0
+        if row["p50_ms"] is not None:
+            assert 0 < row["p50_ms"] <= row["p99_ms"]
+        if row["system"] == services.OURS:
+            assert row["ratio"] == 1
+    assert found["agreement"][services.OURS] == 1
+    assert found["agreement"]["other"] < 1
+    assert found["settings"] == {"other": {"batch": 1}}
+    assert found["tuning"]["other"][0]["texts_per_second"] > 0
+    assert found["times_as_fast"]["other"] == found["best"][services.OURS] / found["best"]["other"]
+
+
+def test_a_sleeping_service_takes_no_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "while True: pass"]
+    process = subprocess.Popen(command, start_new_session=True)
+    service = systems.Service("busy", process, 0)
+
+    def stopped() -> bool:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    try:
+        with service.awake():
+            assert not stopped()
+        for _ in range(100):  # a signal takes its time
+            if stopped():
+                break
+            time.sleep(0.05)
+        assert stopped()
+    finally:
+        systems._end(process)
+    assert process.returncode is not None
+
+
+def test_a_peer_that_does_not_start_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    with (
+        pytest.raises(ServerError, match="broken did not start"),
+        systems._running("broken", command, "http://127.0.0.1:1", tmp_path / "broken.log"),
+    ):
+        pass
+    assert "no such thing" in (tmp_path / "broken.log").read_text()
+
+
+def test_every_peer_is_pinned() -> None:
+    for peer in systems.PEERS:
+        lines = (systems.HERE / "peers" / peer.folder / "requirements.txt").read_text().split()
+        assert lines
+        assert all("==" in line for line in lines)
+        assert "torch==2.13.0" in lines
+        assert not any(line.startswith(("nvidia-", "triton==")) for line in lines)  # no CUDA build
+
+
+def test_texts_of_a_length(tmp_path: Path) -> None:
+    texts = read_texts(None, "text", 300)
+    write_tokenizer(tmp_path / "tokenizer.json", texts)
+    encoder = Encoder(tmp_path / "tokenizer.json")
+    for tokens in growth.TOKENS:
+        made = list(growth.of_length(texts, encoder, tokens, 4))
+        assert [len(ids) for ids in encoder.tokens(made)] == [tokens] * 4
+
+
+def test_sizing() -> None:
+    found = growth.sizing(100, 2)
+    assert found["texts_per_second_and_core"] == 50
+    # 10⁹ / 86,400 s = 11,574 a second, twice that at the peak, 70 a machine
+    assert found["machines"] == 331
+    assert found["cores"] == 662

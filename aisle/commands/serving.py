@@ -112,52 +112,6 @@ def classify(
 
 
 @app.command()
-def loadtest(
-    data: Annotated[Path, typer.Argument(help="A table of texts to send.")],
-    text_column: TextColumn = "text",
-    url: Url = "localhost:8001",
-    users: Annotated[int, typer.Option(min=1, help="Callers at once, one text each.")] = 32,
-    seconds: Annotated[int, typer.Option(min=1)] = 30,
-    html: Annotated[Path, typer.Option(help="The report to write.")] = Path("loadtest/report/locust.html"),
-    pid: Annotated[int | None, typer.Option(help="Of `aisle serve`: samples its memory; a .csv beside HTML.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a running server under load, with Locust."""
-    from aisle.loadtest.run import loadtest as run
-    from aisle.loadtest.soak import Memory
-
-    if pid is None:
-        result = run(data, text_column, url, users, seconds, html)
-    else:
-        with Memory(pid, html.with_suffix(".csv")) as memory:
-            result = run(data, text_column, url, users, seconds, html)
-        result["memory"] = memory.growth()
-    report(
-        result,
-        as_json,
-        lambda r: say(
-            f"{r['texts_per_second']} texts/s, p50 {r['p50_ms']} ms, p99 {r['p99_ms']} ms; see {html}"
-            + (f"; memory {r['memory']}" if "memory" in r else "")
-        ),
-    )
-
-
-@app.command()
-def overload(
-    data: Annotated[Path, typer.Argument(help="A table of texts to send.")],
-    text_column: TextColumn = "text",
-    url: Url = "localhost:8001",
-    times: Annotated[float, typer.Option(min=1, help="How many times its capacity the server is sent.")] = 3.0,
-    seconds: Annotated[int, typer.Option(min=1, help="Of each of the four phases.")] = 15,
-    as_json: Json = False,
-) -> None:
-    """Send a running server more than it can serve: who is refused, how fast, and what the others get."""
-    from aisle.loadtest.overload import overload as run
-
-    report(run(data, text_column, url, times, seconds), as_json, _show_overload)
-
-
-@app.command()
 def demo(
     texts: Annotated[Path | None, typer.Argument(help="A file of texts to classify.", show_default="a dozen")] = None,
     repository: Repository = Path("model_repository"),
@@ -168,14 +122,6 @@ def demo(
     from aisle.demo import demo as run
 
     report(run(Path("work"), repository, texts or TEXTS), as_json, _show_demo)
-
-
-def _show_overload(result: dict[str, Any]) -> None:
-    phases = ("unloaded", "capacity", "overload", "after")
-    table = Table("", *result["unloaded"], title=f"{result['offered_per_second']} texts a second offered")
-    for phase in phases:
-        table.add_row(phase, *(str(value) for value in result[phase].values()))
-    stdout.print(table)
 
 
 def _show_predictions(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A classifier as transformers runs it, for the peers that serve it: texts in, the most probable category of each out."""
+"""A classifier as transformers runs it, for the peers that serve it: texts in, their most probable categories out."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ command = [str(Path(sys.executable).with_name("infinity_emb")), "v2", "--model-i
 command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", port, "--log-level", "warning"]
 command += ["--engine", "torch", "--device", "cpu", "--dtype", settings["dtype"]]
 command += ["--batch-size", str(settings["batch"])]
-command += ["--compile" if settings["compile"] else "--no-compile"]
+command += ["--no-compile"]  # of each shape anew: minutes
 command += ["--no-bettertransformer"]  # optimum's, for releases of transformers that are gone
 os.environ |= {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 os.execv(command[0], command)

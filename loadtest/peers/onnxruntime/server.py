@@ -1,4 +1,4 @@
-"""server.py CHECKPOINT PORT SETTINGS: FastAPI and ONNX Runtime, BERT's subgraphs fused, dynamically quantized to INT8."""
+"""server.py CHECKPOINT PORT SETTINGS: FastAPI and ONNX Runtime, BERT's subgraphs fused, dynamic INT8."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def int8(checkpoint: Path) -> Path:
 
     with tempfile.TemporaryDirectory() as folder:
         plain, fused = Path(folder, "plain.onnx"), Path(folder, "fused.onnx")
-        axes = dict.fromkeys(INPUTS, {0: "texts", 1: "tokens"}) | {"logits": {0: "texts"}}
+        axes = {name: {0: "texts", 1: "tokens"} for name in INPUTS} | {"logits": {0: "texts"}}
         torch.onnx.export(
             Logits().eval(),
             (example, example, example * 0),
