@@ -76,13 +76,17 @@ def products(text: str) -> set[str]:
     return {PRODUCTS[word.casefold()] for word in _PRODUCT.findall(text)}
 
 
-def _accept(text: str, changed: str) -> str:
-    """Return `changed`, cleaned, or `text` where it is no valid text any more or names another product."""
+def _accept(text: str, changed: str, *, mistyped: bool = False) -> str:
+    """Return `changed`, cleaned, or `text` where it is no valid text any more or names other products.
+
+    Only where it is `mistyped` may the name of a product no longer be one.
+    """
     try:
         changed = prepare(changed)
     except TextError:
         return text
-    return changed if products(changed) <= products(text) else text
+    named, wanted = products(changed), products(text)
+    return changed if named == wanted or (mistyped and named < wanted) else text
 
 
 def _some(rng: random.Random, items: Sequence[int], share: float) -> list[int]:
@@ -177,7 +181,7 @@ class Mistype:
         characters = list(text)
         for i in _some(rng, places, MISTYPED):
             characters[i] = rng.choice(doubles[characters[i]])
-        return _accept(text, "".join(characters))
+        return _accept(text, "".join(characters), mistyped=True)
 
 
 @cache
@@ -213,7 +217,7 @@ class LoseSpaces:
     def __call__(self, text: str, rng: random.Random) -> str:
         places = [i for i, character in enumerate(text) if character == " "]
         gone = set(_some(rng, places, 0.5)) if places else set()
-        return _accept(text, "".join(character for i, character in enumerate(text) if i not in gone))
+        return _accept(text, "".join(character for i, character in enumerate(text) if i not in gone), mistyped=True)
 
 
 class ChangeWidths:
@@ -231,11 +235,11 @@ class ChangeWidths:
         runs = list(self._run.finditer(text))
         narrow = text.translate(self._narrow)
         if narrow != text and (not runs or rng.random() < 0.5):
-            return _accept(text, narrow)
+            return _accept(text, narrow, mistyped=True)
         if not runs:
             return text
         run = rng.choice(runs)
-        return _accept(text, text[: run.start()] + " ".join(run[0]) + text[run.end() :])
+        return _accept(text, text[: run.start()] + " ".join(run[0]) + text[run.end() :], mistyped=True)
 
 
 TECHNIQUES: dict[str, Technique] = {

@@ -181,7 +181,7 @@ def test_an_ablation_goes_on_where_it_stopped(sample: Path, tmp_path: Path) -> N
     assert swap["error_accuracy"] == pytest.approx(abs(added[0] - added[1]) / 2)
     assert "swap" in (tmp_path / "report.html").read_text("utf-8")
 
-    with pytest.raises(InputError, match="other data or from other settings"):
+    with pytest.raises(InputError, match="other data or settings"):
         run(1, "swap", rows=200)
     with pytest.raises(InputError, match="no technique is called 'swop'"):
         run(1, "swop")
