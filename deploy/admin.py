@@ -57,7 +57,6 @@ class Admin:
             ServerError: the model did not answer.
         """
         inputs = [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}]
-        # All outputs, for the response cache would hand what was left out here to callers who want it.
         answer = self._post(f"/v2/models/{model}/infer", {"inputs": inputs})
         return next(list(output["data"]) for output in answer["outputs"] if output["name"] == "category")
 

@@ -91,8 +91,7 @@ class View:
     def route(self, release: Release, tap: Path) -> None:
         """Put a router in the ensemble's place, which shares the requests out between two versions."""
         config = self._config(ENSEMBLE)
-        interface = config[config.index("max_batch_size") : config.index("ensemble_scheduling")]
-        interface = re.sub(r"response_cache \{[^}]*\}", "", interface).rstrip()
+        interface = config[config.index("max_batch_size") : config.index("ensemble_scheduling")].rstrip()
         version = '  { name: "version" data_type: TYPE_INT32 dims: [ 1 ] }\n]'
         parameters = {
             "live": ensemble_of(release.live),
