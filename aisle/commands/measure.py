@@ -87,6 +87,7 @@ def _show_frontier(result: dict[str, Any]) -> None:
     show_rows({name: COLUMNS[name] for name in shown}, rows)
 
 
+@app.command()
 def explain(
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]…", help="Texts to explain.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Ask a checkpoint, by integrated gradients.")] = None,
