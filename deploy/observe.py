@@ -5,6 +5,7 @@ What the response cache answers reaches no model and is in nv_cache_num_hits_per
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import defaultdict
 from typing import Any
@@ -27,7 +28,7 @@ DESCRIPTIONS = {
     "aisle_confidence_bucket": "Texts whose highest probability is le or less",
     "aisle_confidence_sum": "Sum of the highest probabilities",
     "aisle_confidence_count": "Texts answered",
-    "aisle_model_info": "1 for each version that is loaded",
+    "aisle_model_info": "1 for a version that is loaded, 0 for one that was",
 }
 # Upper bounds of the histogram of confidence, its last one +Inf, laid out as Prometheus does.
 BOUNDS = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
@@ -46,8 +47,9 @@ class Metrics:
         self._lock = threading.Lock()
         self._families: dict[str, Any] = {}
         self._metrics: dict[Series, Any] = {}
+        self._shown: list[Series] = []
         for name in unlabelled:
-            self._metric((name, ()))
+            self._metric((name, ()), "COUNTER")
         self._stopped = threading.Event()
         self._reporter = threading.Thread(target=self._report_until_stopped, daemon=True)
         self._reporter.start()
@@ -65,33 +67,43 @@ class Metrics:
         self.add("aisle_confidence_sum", float(confidences.sum()))
         self.add("aisle_confidence_count", len(confidences))
 
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge, at once."""
-        self._metric((name, tuple(labels.items())), "GAUGE").set(value)
+    def show(self, name: str, **labels: str) -> None:
+        """Keep a gauge at 1 until `close`, which sets it to 0."""
+        self._shown.append((name, tuple(labels.items())))
 
     def close(self) -> None:
-        """Report what is left and withdraw all series."""
+        """Report what is left."""
         self._stopped.set()
         self._reporter.join()
-        self._metrics.clear()  # before their families, as Triton asks
-        self._families.clear()
 
     def _report_until_stopped(self) -> None:
-        while not self._stopped.wait(SECONDS):
-            self._report()
-        self._report()
+        running = True
+        while running:
+            running = not self._stopped.wait(SECONDS)
+            with self._lock:
+                counts, self._counts = self._counts, defaultdict(float)
+            for series, value in counts.items():
+                self._metric(series, "COUNTER").increment(value)
+            for series in self._shown:  # again each time: another process may have closed the same version
+                self._metric(series, "GAUGE").set(float(running))
 
-    def _report(self) -> None:
-        with self._lock:
-            counts, self._counts = self._counts, defaultdict(float)
-        for series, value in counts.items():
-            self._metric(series).increment(value)
-
-    def _metric(self, series: Series, kind: str = "COUNTER") -> Any:
+    def _metric(self, series: Series, kind: str) -> Any:
         if series not in self._metrics:
             name, labels = series
             if name not in self._families:
                 family = pb_utils.MetricFamily  # which Triton puts there once the model's code is imported
-                self._families[name] = family(name=name, description=DESCRIPTIONS[name], kind=getattr(family, kind))
-            self._metrics[series] = self._families[name].Metric(labels={**dict(labels), "version": self._version})
+                self._families[name] = _kept(family(name, DESCRIPTIONS[name], getattr(family, kind)))
+            labelled = {**dict(labels), "version": self._version}
+            self._metrics[series] = _kept(self._families[name].Metric(labels=labelled))
         return self._metrics[series]
+
+
+def _kept(thing: Any) -> Any:
+    """Keep a metric from ever being deleted, and return it.
+
+    Triton counts references to a series for each process apart. Where two processes report it, as two instances do, or
+    one version while it is loaded anew, the first to delete it takes it from the other, whose next report would
+    write into freed memory of the server.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    return thing

@@ -25,9 +25,7 @@ class TritonPythonModel:
         self.engine = load_engine(folder, args["model_instance_device_id"])
         self.metrics = Metrics(args["model_version"], *(f"aisle_{name}_total" for name in COUNTERS))
         spec = self.engine.spec
-        self.metrics.set(
-            "aisle_model_info", 1, target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint
-        )
+        self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run what waited as batches of some TOKENS tokens, in order of arrival; each is answered once it is done.
