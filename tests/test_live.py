@@ -138,9 +138,11 @@ def test_a_new_version_takes_over_and_goes_back_without_losing_a_request(live: L
     assert [answer.category for answer in other] != [answer.category for answer in live.expected]
     for text, answer in seen.answers:  # each wholly of the version that it names
         assert_same(answer, expected[answer.version][text])
-    callers = 3  # each may have been waiting for the other version's answer at that moment
-    assert {answer.version for _, answer in seen.answers[shifted + callers : shifted + callers + 5]} == {2}
-    assert {answer.version for _, answer in seen.answers[returned + callers :]} == {1}
+    # Each of three callers may still have been waiting for the other version's answer, and tell of it late.
+    versions = [answer.version for _, answer in seen.answers]
+    assert versions[shifted : shifted + 12].count(1) <= 3
+    assert versions[returned:].count(2) <= 3
+    assert versions[-5:] == [1] * 5
 
 
 def test_a_version_that_disagrees_is_refused(live: Live) -> None:
