@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import jinja2
 from matplotlib.figure import Figure
 
+from aisle.errors import InputError
+
 # Text stays text in the SVG, so that the reader's browser draws Chinese with its own fonts.
 matplotlib.rcParams["svg.fonttype"] = "none"
 matplotlib.rcParams["svg.hashsalt"] = "aisle"  # the same figure gives the same bytes
@@ -53,13 +55,21 @@ class Page:
         self.parts.append({"kind": "plot", "image": svg[svg.index("<svg") :], "text": description})
 
     def write(self, path: Path) -> None:
-        """Write the page, whole or not at all."""
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         source = Path(__file__).with_name("report.html").read_text("utf-8")
         template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
         beside = path.with_name(f".{path.name}.part")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(template.render(page=self) + "\n", "utf-8")
-        beside.replace(path)
+        page = template.render(page=self) + "\n"
+        try:
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(page, "utf-8")
+            beside.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _cell(value: Any) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from aisle.preprocess.augment import TECHNIQUES
 from aisle.preprocess.clean import Table, clean_rows
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.report import Page
+from aisle.train.checkpoint import write_json
 from aisle.train.data import Split, split
 from aisle.train.evaluation_report import BLUE, GREY
-from aisle.train.experiment import FIGURES, begin, summarize, write
+from aisle.train.experiment import FIGURES, begin, summarize
 from aisle.train.fit import Hooks
 from aisle.train.processes import processes
 from aisle.train.settings import Settings
@@ -89,7 +90,7 @@ def ablate(
                 run = {"technique": technique, "seed": seed, **{name: metrics[name] for name in FIGURES}}
                 say(", ".join(f"{name} {run[name]:.4f}" for name in FIGURES))
                 runs.append(run)
-                write(
+                write_json(
                     out / "ablation.json", {**about, "runs": runs, "techniques": summarize(runs, "technique", "none")}
                 )
     result = {**about, "runs": runs, "techniques": summarize(runs, "technique", "none")}

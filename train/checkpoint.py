@@ -99,4 +99,7 @@ def code_fingerprint() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    """Write JSON, whole or not at all."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    beside.replace(path)

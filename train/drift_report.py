@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from aisle.errors import InputError
 from aisle.report import Page
 
 if TYPE_CHECKING:
@@ -34,10 +33,7 @@ def write_report(result: dict[str, Any], usual: Traffic, live: Traffic, path: Pa
     _course(page, result["windows"])
     _mix(page, result["measures"]["label_mix"])
     _distributions(page, usual, live)
-    try:
-        page.write(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    page.write(path)
 
 
 def _verdict(page: Page, result: dict[str, Any]) -> None:

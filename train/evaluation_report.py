@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from aisle.errors import InputError
 from aisle.report import Page
 
 BLUE, GREY = "#1f5fa8", "#999999"
@@ -36,10 +35,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     _errors(page, result["errors"])
     if "baselines" in result:
         _rules(page, result["baselines"][-1]["rules"])
-    try:
-        page.write(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    page.write(path)
 
 
 def _overview(page: Page, result: dict[str, Any]) -> None:

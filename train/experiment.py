@@ -34,13 +34,6 @@ def begin(file: Path, about: dict[str, Any]) -> Runs:
     return runs
 
 
-def write(file: Path, value: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    beside.replace(file)
-
-
 def summarize(runs: Runs, kind: str, reference: str) -> Runs:
     """Return a row for each kind of run: mean figures, what it added to the reference's, and the error of that.
 

@@ -22,11 +22,11 @@ from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.report import Page
 from aisle.train.baselines import linear_svm
-from aisle.train.checkpoint import read_labels
+from aisle.train.checkpoint import read_labels, write_json
 from aisle.train.data import Split, split
 from aisle.train.distil import Plan, distil
 from aisle.train.evaluation_report import BLUE, GREY
-from aisle.train.experiment import FIGURES, begin, summarize, write
+from aisle.train.experiment import FIGURES, begin, summarize
 from aisle.train.metrics import score
 from aisle.train.pretrain import pretrain
 from aisle.train.settings import Settings
@@ -89,7 +89,7 @@ def study(
         metrics = measured(*arguments)
         runs.append({"step": step, "seed": seed, **{name: metrics[name] for name in FIGURES}})
         say(f"seed {seed}: {step}: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in FIGURES))
-        write(out / "study.json", {**about, "runs": runs, "steps": summarize(runs, "step", BASELINE)})
+        write_json(out / "study.json", {**about, "runs": runs, "steps": summarize(runs, "step", BASELINE)})
 
     def learn(step: str, told: Settings) -> None:
         take(step, told.seed, train, data, text_column, label_column, folder(step, told.seed), told)
