@@ -50,7 +50,7 @@ def measure(model: Any, tokens: Tokens, max_tokens: int, rounds: int = ROUNDS) -
     batches = {size: [_laid(tokens[i : i + size]) for i in range(0, len(tokens), size)] for size in BATCHES}
     # By engine and batch: the seconds of each round.
     seconds: dict[tuple[str, int, int], list[float]] = {}
-    bare: list[list[float]] = [[] for _ in batches[BATCHES[-1]]]
+    bare: list[float] = []
     systems, products = _systems(model, max_tokens), int8_products(model.config)
     for run in systems.values():
         run(batches[BATCHES[0]][0])  # warm-up
@@ -62,8 +62,7 @@ def measure(model: Any, tokens: Tokens, max_tokens: int, rounds: int = ROUNDS) -
                     start = time.perf_counter()
                     run(every[i])
                     seconds.setdefault((name, size, i), []).append(time.perf_counter() - start)
-        for times, (_, lengths) in zip(bare, batches[BATCHES[-1]], strict=True):
-            times.append(bare_seconds(model.config, products, lengths))
+        bare.append(bare_seconds(model.config, products, [lengths for _, lengths in batches[BATCHES[-1]]]))
     rows: list[dict[str, Any]] = [
         {
             "system": name,
@@ -76,7 +75,7 @@ def measure(model: Any, tokens: Tokens, max_tokens: int, rounds: int = ROUNDS) -
     speed = {(row["system"], row["batch"]): row["texts_per_second"] for row in rows}
     for row in rows:
         row["ratio"] = row["texts_per_second"] / speed[PYTORCH, BATCHES[0]]
-    ceiling = len(tokens) / sum(map(median, bare))
+    ceiling = len(tokens) / median(bare)
     work = sum(operations(model.config, lengths) for _, lengths in batches[BATCHES[-1]]) / len(tokens)
     return {
         "rows": rows,
@@ -112,12 +111,16 @@ def operations(config: Any, lengths: npt.NDArray[np.integer[Any]]) -> int:
 
 
 def bare_seconds(
-    config: Any, products: dict[tuple[int, int], list[Product]], lengths: npt.NDArray[np.integer[Any]]
+    config: Any, products: dict[tuple[int, int], list[Product]], batches: Sequence[npt.NDArray[np.integer[Any]]]
 ) -> float:
-    """Return the seconds of the bare int8 matrix products of one batch, each shape in the faster of its ways."""
+    """Return the seconds of the bare int8 matrix products of all batches, each given as its texts' lengths.
+
+    For each size of the weights the way counts that is the faster one over all batches.
+    """
+    work = [each for lengths in batches for each in shapes(config, lengths)]
     return sum(
-        count * min(product(rows) for product in products[inner, columns])
-        for count, rows, inner, columns in shapes(config, lengths)
+        min(sum(count * product(rows) for count, rows, *size in work if tuple(size) == weights) for product in ways)
+        for weights, ways in products.items()
     )
 
 

@@ -22,17 +22,29 @@ class Packed(NamedTuple):
     cls_index: Ints  # [texts], where each text starts in the flattened rows
 
 
-def pack(tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]], width: int) -> Packed:
+GOOD = 0.96  # useful share of the computed tokens that no narrower row is looked for beyond
+
+
+def pack(
+    tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]], width: int, *, narrow: bool = True
+) -> Packed:
     """Lay texts into rows of at most `width` tokens, best-fit decreasing.
 
     Args:
         tokens: [sum of lengths], the texts' token ids end to end.
         lengths: [texts], each at least 1 and at most `width`.
         width: tokens of a row. Texts that together fill less than one row get one row no wider than they need.
+        narrow: whether a few texts may get narrower rows where less of those is padding; not where every shape costs.
     """
     total = int(lengths.sum())
     width = min(width, -(-total // 8) * 8)
     starts, rows = _best_fit(lengths, width)
+    if narrow and total < GOOD * rows * width:
+        for less in range(width - 8, int(lengths.max()) - 1, -8):
+            if -(-total // less) * less < rows * width:  # else not even full rows would be fewer tokens
+                fewer = _best_fit(lengths, less)
+                if fewer[1] * less < rows * width:
+                    width, (starts, rows) = less, fewer
     text_of_token = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     where = starts[text_of_token] + position

@@ -74,7 +74,7 @@ def test_the_ceiling_is_timed_at_the_encoders_sizes() -> None:
     products = {shape: [slower, product(*shape)] for shape in engines.int8_products(config)}
     lengths = np.array([7, 9])
     expected = engines.operations(config, lengths) / 2 * 1e-9
-    assert engines.bare_seconds(config, products, lengths) == pytest.approx(expected)
+    assert engines.bare_seconds(config, products, [lengths]) == pytest.approx(expected)
     assert {rows for rows, _, _ in asked} == {16, 2}
 
 

@@ -33,3 +33,10 @@ def test_rows_are_full() -> None:
 
 def test_a_lone_text_takes_a_row_of_its_own_length() -> None:
     assert pack(np.zeros(21, int), np.array([21]), 128).input_ids.shape == (1, 24)
+
+
+def test_a_few_texts_take_rows_as_wide_as_suits_them() -> None:
+    lengths = np.array([70, 66, 65, 20])
+    tokens = np.zeros(lengths.sum(), int)
+    assert pack(tokens, lengths, 128).input_ids.shape == (3, 88)
+    assert pack(tokens, lengths, 128, narrow=False).input_ids.shape == (3, 128)
