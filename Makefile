@@ -12,7 +12,7 @@ demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
 	$(AISLE) demo
 
 test: lint ## the whole test suite
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

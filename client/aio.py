@@ -113,9 +113,8 @@ class AsyncClassifier(Connection):
                     MODEL,
                     tensors,
                     self._version,
-                    client_timeout=self._timeout,
-                    timeout=self._queue_us,
                     headers=headers,
+                    **self._limits(),
                 ),
                 patient,
             )

@@ -127,9 +127,8 @@ class Classifier(Connection):
                     MODEL,
                     tensors,
                     self._version,
-                    client_timeout=self._timeout,
-                    timeout=self._queue_us,
                     headers=headers,
+                    **self._limits(),
                 ),
                 patient,
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +202,8 @@ class Connection:
         if token and tls is None:
             raise InputError("a token is sent over TLS alone; name the server's authority (AISLE_TLS_CA)")
         self._timeout = timeout
-        self._queue_us = max(1, int(timeout * 1e6))  # a request that waits longer in a queue is dropped there
+        self._wait_us = max(1, int(timeout * 1e6))
+        self._name = secrets.token_hex(8)
         self._retries = retries
         self._version = model_version
         self._log = log
@@ -218,6 +221,15 @@ class Connection:
         """
         token = os.environ.get("AISLE_TOKEN", "")
         return cls(url, timeout=timeout, tls=TLS.from_environment(), token=token, log=log)
+
+    def _limits(self) -> dict[str, Any]:
+        """Return what tritonclient's `infer` is told of the time that a request may take, from now on.
+
+        A request that waits longer is dropped by Triton in the first queue, and by the encoder before its turn: the
+        latter is told when it was sent, by a clock that need not be the server's.
+        """
+        parameters = {"caller": self._name, "sent_us": time.time_ns() // 1000, "wait_us": self._wait_us}
+        return {"client_timeout": self._timeout, "timeout": self._wait_us, "parameters": parameters}
 
     def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.

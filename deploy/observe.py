@@ -19,6 +19,7 @@ DESCRIPTIONS = {
     "aisle_texts_total": "Texts accepted",
     "aisle_texts_truncated_total": "Accepted texts cut at the limit of tokens",
     "aisle_texts_rejected_total": "Texts refused, by reason",
+    "aisle_texts_late_total": "Texts that were not computed, as their caller had left",
     "aisle_personal_data_total": "Personal data replaced, by kind",
     "aisle_tokens_useful_total": "Tokens of texts that the engine computed",
     "aisle_tokens_computed_total": "Tokens that the engine computed, padding included",

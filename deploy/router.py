@@ -36,12 +36,10 @@ class TritonPythonModel:
         inputs = [each for each in inputs if each is not None]
         text = bytes(inputs[0].as_numpy()[0, 0])
         tried = zlib.crc32(text) < self.share * 2**32
-        response = await self.ask(self.candidate if tried else self.live, inputs, request.trace())
+        response = await self.ask(self.candidate if tried else self.live, inputs, request)
         if tried and response.has_error() and response.error().code() != pb_utils.TritonError.INVALID_ARG:
-            tried, response = (
-                False,
-                await self.ask(self.live, inputs, request.trace()),
-            )  # the candidate's failures are nobody's
+            # The candidate's failures are nobody's.
+            tried, response = False, await self.ask(self.live, inputs, request)
         if response.has_error():
             return pb_utils.InferenceResponse(error=response.error())
         outputs = {each.name(): each for each in response.output_tensors()}
@@ -52,11 +50,15 @@ class TritonPythonModel:
         rows = np.full((len(inputs[0].as_numpy()), 1), version, np.int32)
         return pb_utils.InferenceResponse([*outputs.values(), pb_utils.Tensor("version", rows)])
 
-    async def ask(self, model: str, inputs: list[Any], trace: Any) -> Any:
+    async def ask(self, model: str, inputs: list[Any], caller: Any) -> Any:
+        """Hand what the caller asked to a model, with its trace and how long it waits."""
         start = time.perf_counter()
-        outputs = ["category", "confidence"]
         request = pb_utils.InferenceRequest(
-            model_name=model, requested_output_names=outputs, inputs=inputs, trace=trace
+            model_name=model,
+            requested_output_names=["category", "confidence"],
+            inputs=inputs,
+            trace=caller.trace(),
+            parameters=json.loads(caller.parameters()),
         )
         response = await request.async_exec()
         failed = response.has_error() and response.error().code() != pb_utils.TritonError.INVALID_ARG

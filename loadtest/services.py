@@ -254,7 +254,8 @@ def _rows(loads: dict[tuple[str, Any], list[Load]]) -> list[dict[str, Any]]:
     ours = {row["load"]: row for row in rows if row["system"] == OURS}
     for row in rows:
         beside = ours.get(row["load"])
-        row["ratio"] = row["texts_per_second"] / beside["texts_per_second"] if beside else None
+        answered = beside and beside["texts_per_second"]
+        row["ratio"] = row["texts_per_second"] / beside["texts_per_second"] if beside and answered else None
         comparable = beside and row["p99_ms"] is not None and beside["p99_ms"]
         row["p99_ratio"] = row["p99_ms"] / beside["p99_ms"] if beside and comparable else None
     return sorted(rows, key=lambda row: (row["kind"], row["callers"] or row["rate"]))

@@ -142,7 +142,7 @@ def test_services_one_row_a_system_and_load(
     monkeypatch.setattr(services, "SYSTEMS", ("engine", "aisle", "other"))
     monkeypatch.setattr(services, "built", lambda *_: repository)
     texts = read_texts(None, "text", 300)
-    plan = services.Plan(("engine", "aisle", "other"), (1, 4), 0.1, 1, tune=True)
+    plan = services.Plan(("engine", "aisle", "other"), (1, 4), 0.5, 1, tune=True)
     found = services.measure(checkpoint, texts, plan, tmp_path / "work" / "bench", True)
 
     rows = {(row["system"], row["load"]): row for row in found["rows"]}

@@ -12,11 +12,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from aisle.build.engine import load_engine
+from aisle.deploy.late import Callers
 from aisle.deploy.observe import Metrics
 
 # Tokens of a batch, about: more make the engine no faster and let the first of them wait for the last.
 TOKENS = 4096
-COUNTERS = "tokens_useful", "tokens_computed", "engine_seconds", "engine_batches"
+COUNTERS = "tokens_useful", "tokens_computed", "engine_seconds", "engine_batches", "texts_late"
 
 
 class TritonPythonModel:
@@ -24,6 +25,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         self.engine = load_engine(folder, args["model_instance_device_id"])
         self.metrics = Metrics(args["model_version"], *(f"aisle_{name}_total" for name in COUNTERS))
+        self.callers = Callers()
         spec = self.engine.spec
         self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
 
@@ -39,8 +41,10 @@ class TritonPythonModel:
         good = [number for number, ok in enumerate(fit) if ok]
         spans = batches([len(texts[number][0]) for number in good]) if good else []
         for span in spans:
-            answers = self.run([texts[number] for number in good[span]])
-            for number, answer in zip(good[span], answers, strict=True):
+            gone = {number for number in good[span] if self.callers.gone(requests[number].parameters())}
+            logits = iter(self.run([texts[number] for number in good[span] if number not in gone]))
+            for number in good[span]:
+                answer = self.drop(texts[number]) if number in gone else next(logits)
                 if span is spans[-1]:
                     responses[number] = answer
                 else:
@@ -60,12 +64,20 @@ class TritonPythonModel:
 
     def run(self, texts: Sequence[Texts]) -> list[Any]:
         """Run the texts of several requests as one batch, and hand each request its own logits."""
+        if not texts:
+            return []
         work: defaultdict[str, float] = defaultdict(float)
         logits = self.engine(*joined(texts), work)
         for name, value in work.items():
             self.metrics.add(f"aisle_{name}_total", value)
         ends = np.cumsum([len(lengths) for _, lengths in texts])
         return [pb_utils.InferenceResponse([pb_utils.Tensor("logits", part)]) for part in np.split(logits, ends[:-1])]
+
+    def drop(self, texts: Texts) -> Any:
+        """Answer a request that nobody waits for any more, without computing it."""
+        self.metrics.add("aisle_texts_late_total", len(texts[1]))
+        message = "the caller had left before its turn came"
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.CANCELLED))
 
     def finalize(self) -> None:
         self.metrics.close()

@@ -1,0 +1,106 @@
+"""Work whose caller has left is dropped, whatever the caller's clock says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from aisle.client import AsyncClassifier, ClassifierError
+from aisle.deploy import late
+from aisle.deploy.triton import Options, free_ports, running
+
+LONG = "红富士苹果 " * 60
+
+
+def told(caller: str, sent: float, wait: float) -> str:
+    return json.dumps({"caller": caller, "sent_us": int(1e6 * sent), "wait_us": int(1e6 * wait)})
+
+
+@pytest.mark.parametrize("skew", [0.0, 3600.0, -3600.0])
+def test_only_what_waited_too_long_is_late(skew: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e9
+    monkeypatch.setattr(time, "time", lambda: now)
+    callers = late.Callers()
+    assert not callers.gone(told("a", now + skew - 0.01, 2))
+    assert not callers.gone(told("a", now + skew - 1.9, 2))
+    assert callers.gone(told("a", now + skew - 2.1, 2))
+    assert not callers.gone(told("a", now + skew - 2.1, 3))
+    assert not callers.gone(told("b", now + skew - 2.1, 2))  # nothing to hold it against
+
+
+def test_a_clock_is_compared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    callers = late.Callers()
+    assert not callers.gone(told("a", now[0], 1))
+    now[0] += late.AGAIN + 1
+    assert not callers.gone(told("a", now[0] - 5, 1))  # its clock was set back meanwhile
+
+
+def test_callers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late, "REMEMBERED", 2)
+    callers, now = late.Callers(), time.time()
+    for name in "abc":
+        assert not callers.gone(told(name, now, 1))
+    assert callers.gone(told("c", now - 10, 1))
+    assert not callers.gone(told("a", now - 10, 1))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    ["{}", '{"caller": "a"}', told("x" * 1000, 0, 0), '{"caller": 1, "sent_us": 1, "wait_us": 1}'],
+)
+def test_whoever_says_nothing_of_use_waits(parameters: str) -> None:
+    callers = late.Callers()
+    assert not callers.gone(parameters)
+    assert not callers.gone(parameters)
+
+
+def test_what_nobody_waits_for_is_not_computed(repository: Path, tmp_path: Path) -> None:
+    """The encoder is kept busy until hasty callers have left; their texts are then dropped, and only theirs."""
+    copy = tmp_path / "repository"
+    shutil.copytree(repository, copy, symlinks=True)
+    grpc, port = free_ports(2)
+    options = Options(copy, grpc_port=grpc, metrics_port=port, cache_mb=0)
+    work = [LONG] * 64
+
+    async def callers() -> list[object]:
+        async with AsyncClassifier(f"localhost:{grpc}", timeout=120) as patient:
+            await patient.classify(work)
+            start = time.perf_counter()
+            await patient.classify(work)
+            seconds = time.perf_counter() - start
+            async with AsyncClassifier(f"localhost:{grpc}", timeout=seconds, retries=0) as hasty:
+                await hasty.classify(["苹果"])  # from which the server knows its clock
+                waiting = [asyncio.create_task(patient.classify(work)) for _ in range(12)]
+                await asyncio.sleep(seconds)
+                asked = [asyncio.create_task(hasty.classify([f"红富士苹果 {i}"])) for i in range(20)]
+                left = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(len(each) == 64 for each in await asyncio.gather(*waiting))
+            return list(left)
+
+    with (
+        (tmp_path / "log").open("wb") as log,
+        running(options, log),
+        InferenceServerClient(f"localhost:{grpc}") as triton,
+    ):
+        left = asyncio.run(callers())
+        assert [each.status for each in left if isinstance(each, ClassifierError)] == ["DEADLINE_EXCEEDED"] * 20
+        deadline = time.monotonic() + 30
+        while told_by(port, "aisle_texts_late_total") < 20 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert told_by(port, "aisle_texts_late_total") == 20
+        assert triton.get_inference_statistics("encoder").model_stats[0].inference_stats.fail.count == 20
+
+
+def told_by(port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
