@@ -33,6 +33,7 @@ CHANNEL = [
 ]
 # Triton's Python backend says so to a whole batch if a string tensor in it is cut short; ours never is, another's was.
 SPOILT = "incomplete string data"
+LOST = "but got 0 inputs for model"  # said of the labeler where an encoder that hangs came back with nothing
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,15 @@ def translate(error: InferenceServerException) -> Exception:
     """Return the exception that callers see."""
     status = str(error.status() or "").removeprefix("StatusCode.")
     message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
-    if status == "INVALID_ARGUMENT" and SPOILT not in message:
+    passing = any(each in message for each in (SPOILT, LOST, "is not healthy", "has no available versions"))
+    if status == "INVALID_ARGUMENT" and not passing:
         return InvalidText(message)
     if "Exceeds maximum queue size" in message:
         return Overloaded(status, message)
     if "Request timeout expired" in message:  # it waited in the queue for as long as its caller would
         return Overloaded("DEADLINE_EXCEEDED", message)
     # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
-    passing = "is not healthy" in message or "has no available versions" in message
-    if status == "UNAVAILABLE" or passing or SPOILT in message:
+    if status == "UNAVAILABLE" or passing:
         return Unavailable(status, message)
     return ClassifierError(status, message)
 

@@ -60,9 +60,18 @@ class Admin:
         answer = self._post(f"/v2/models/{model}/infer", {"inputs": inputs})
         return next(list(output["data"]) for output in answer["outputs"] if output["name"] == "category")
 
+    def counts(self, model: str) -> tuple[int, int]:
+        """Return how many requests a model has answered, and how many failed, in all versions that are loaded."""
+        versions = self._ask("GET", f"/v2/models/{model}/stats")["model_stats"]
+        stats = [each["inference_stats"] for each in versions]
+        return sum(each["success"]["count"] for each in stats), sum(each["fail"]["count"] for each in stats)
+
     def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._ask("POST", path, json.dumps(body or {}).encode())
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> Any:
         try:
-            self._connection.request("POST", path, json.dumps(body or {}).encode(), self._headers)
+            self._connection.request(method, path, body, self._headers)
             response = self._connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -20,6 +20,7 @@ from aisle.deploy.admin import Admin
 from aisle.deploy.release import HEARTBEAT_SECONDS, RELEASE, TRIAL_SECONDS, Release, Status
 from aisle.deploy.triton import Options, Triton, started
 from aisle.deploy.view import ENSEMBLE, ensemble_of
+from aisle.deploy.watchdog import watch_over
 from aisle.errors import InputError, ServerError
 
 WATCH_SECONDS = 0.25
@@ -68,6 +69,7 @@ def watch(triton: Triton, options: Options, status: Status) -> tuple[int, Releas
     """Look after Triton until it ends; return its exit code and what it served, which the next one begins with."""
     say(f"ready: {options.describe()}, version {triton.release.live}")
     supervisor = Supervisor(triton, options, status)
+    watch_over(triton)
     supervisor.run()
     if supervisor.release.candidate is not None and not status.error:
         status.error = f"Triton ended while version {supervisor.release.candidate} was tried"

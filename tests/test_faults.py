@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -85,6 +86,21 @@ def test_a_file_survives_the_death_of_a_step_and_of_triton(
         assert wait_for(lambda: below(process, "--model-repository=")) != {triton}
     assert (result["rows"], result["errors"], result["resumed_from"]) == (4000, 0, 0)
     assert [row["text"] for row in read_rows(out)] == texts
+
+
+def test_a_step_that_hangs_is_noticed_and_loses_no_row(served: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = served
+    with Classifier(url) as classifier:
+        expected = classifier.classify(["红富士苹果"])[0].category
+        (encoder,) = below(process, "/encoder/1/model.py")
+        os.kill(encoder, signal.SIGSTOP)
+        try:
+            answers = list(classifier.stream(["红富士苹果"] * 65))  # two requests, which wait for their answers
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(encoder, signal.SIGCONT)
+        assert [answer.category for answer in answers if isinstance(answer, Prediction)] == [expected] * 65
+        assert encoder not in below(process, "/encoder/1/model.py")
 
 
 def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
