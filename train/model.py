@@ -16,7 +16,9 @@ from aisle.train.checkpoint import read_labels
 from aisle.train.settings import Settings
 
 VOCABULARY = 12000
-RAREST = 10  # times that a piece must occur: rarer ones, as whole model numbers, are learnt by heart and say nothing new
+# How often a piece must occur: rarer ones, as whole model numbers, are learnt by heart and say nothing of new products.
+RAREST = 10  # times, or in small tables once for every so many texts:
+TEXTS = 2000
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -66,7 +68,7 @@ def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
     characters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     trainer = trainers.WordPieceTrainer(
         vocab_size=VOCABULARY,
-        min_frequency=RAREST,
+        min_frequency=min(RAREST, 1 + len(texts) // TEXTS),
         special_tokens=[*SPECIAL, *characters],
         continuing_subword_prefix="",
         show_progress=False,
