@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -158,6 +159,20 @@ def test_a_full_disk_is_one_line_and_the_file_goes_on_from_there(server: Server,
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["resumed_from"] > 0
     assert [row["text"] for row in read_rows(out)] == texts
+
+
+def test_a_build_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    build = f"{sys.executable} -m aisle build {checkpoint} --repository . --precision fp32"
+    script = (
+        f"mount -t tmpfs -o size=512k tmpfs {tmp_path}; cd {tmp_path}; {build}; code=$?; find . -type f; exit $code"
+    )
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"aisle: \.: 0 MiB free, about \d+ needed; make room", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert not any(re.search(r"/\d+/|/\.", line) for line in done.stdout.splitlines())  # no version, nothing hidden
 
 
 @pytest.mark.parametrize("begins", [True, False])
