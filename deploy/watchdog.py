@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 
 from aisle.console import say
 from aisle.deploy.triton import Triton
 from aisle.deploy.view import ENSEMBLE
 from aisle.errors import ServerError
 
-SECONDS = 5.0  # between two looks; a probe may take as long
-PROBES = 2  # in a row that must fail
+SECONDS = 5.0  # between two looks; what is asked may take as long
+SILENCE = 20.0  # seconds without any answer: longer than any batch takes, and than a request waits in a queue
 
 
 def watch_over(triton: Triton) -> None:
@@ -25,21 +26,19 @@ def watch_over(triton: Triton) -> None:
 
 def _watch(triton: Triton) -> None:
     admin = triton.admin.another(SECONDS)
-    pause = threading.Event()
-    before, silent = (0, 0), 0
+    answered, failed, doubt = 0, 0, False
+    alive = time.monotonic()
     while triton.process.poll() is None:
-        pause.wait(SECONDS)
+        time.sleep(SECONDS)
+        before = answered, failed
         try:
-            now = admin.counts(ENSEMBLE)
-            if now[0] > before[0] or (now[1] <= before[1] and not silent):
-                before, silent = now, 0
-                continue
-            before = now
-            admin.classify(ENSEMBLE, [f"probe {secrets.token_hex(4)}"])  # no text twice: the cache would answer it
-            silent = 0
+            answered, failed = admin.counts(ENSEMBLE)
+            if answered <= before[0] and (failed > before[1] or doubt):
+                admin.classify(ENSEMBLE, [f"probe {secrets.token_hex(4)}"])  # never the same: the cache would answer it
+            alive, doubt = time.monotonic(), False
         except ServerError as error:
-            silent += 1
-            if silent >= PROBES and triton.process.poll() is None:
-                say(f"Triton answers nobody, so it is started again: {error}")
+            doubt = True
+            if time.monotonic() - alive > SILENCE and triton.process.poll() is None:
+                say(f"Triton has answered nobody for {SILENCE:.0f} s, so it is started again: {error}")
                 triton.process.kill()
     admin.close()
