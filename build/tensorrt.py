@@ -59,8 +59,8 @@ def compile_plan(onnx: Path, folder: Path, target: str, max_tokens: int, options
         strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where it is a given
         network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(onnx)):
-            reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
+        if not parser.parse_from_file(str(onnx)) or not network.num_outputs:
+            reason = parser.get_error(0).desc() if parser.num_errors else "it holds no network"
             raise InputError(f"{NAMES[target]} cannot parse {onnx.name}: {reason}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -229,8 +228,9 @@ def test_a_damaged_engine_is_refused(repository: Path, tmp_path: Path) -> None:
         load_engine(folder)
 
 
-def test_a_corrupt_graph_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(os.urandom(1000))
+@pytest.mark.parametrize("content", [b"\xff" * 1000, b"", b"\x0a\x00"])
+def test_a_corrupt_graph_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(InputError, match=r"cannot parse model\.onnx"):
         tensorrt.compile_plan(tmp_path / "model.onnx", tmp_path, "tensorrt-rtx", 128, tensorrt.Options())
 
