@@ -16,6 +16,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from aisle.errors import InputError
+from aisle.files import write_json, write_text
 
 # Text stays text in the SVG, so that the reader's browser draws Chinese with its own fonts.
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -54,20 +55,20 @@ class Page:
         svg = image.getvalue()
         self.parts.append({"kind": "plot", "image": svg[svg.index("<svg") :], "text": description})
 
-    def write(self, path: Path) -> None:
-        """Write the page, whole or not at all.
+    def write(self, path: Path, figures: dict[str, Any] | None = None) -> None:
+        """Write the page and, beside it as .json, the figures that it shows.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: a file cannot be written.
         """
         source = Path(__file__).with_name("report.html").read_text("utf-8")
         template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-        beside = path.with_name(f".{path.name}.part")
         page = template.render(page=self) + "\n"
         try:
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(page, "utf-8")
-            beside.replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, page)
+            if figures is not None:
+                write_json(path.with_suffix(".json"), figures)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
 

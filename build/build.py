@@ -19,9 +19,10 @@ from aisle.build.material import Material, Table
 from aisle.build.repository import new_version, versions
 from aisle.console import say
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint
-from aisle.train.checkpoint import checkpoint_fingerprint, read_labels, write_json
+from aisle.train.checkpoint import checkpoint_fingerprint, read_labels
 
 
 def build(

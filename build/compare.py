@@ -20,7 +20,7 @@ from aisle.build.material import Material, Table
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.report import Page
-from aisle.train.checkpoint import checkpoint_fingerprint, write_json
+from aisle.train.checkpoint import checkpoint_fingerprint
 from aisle.train.evaluate import pad
 
 COLUMNS = {
@@ -67,11 +67,7 @@ def compare(checkpoint: Path, report: Path, data: Table | None = None) -> dict[s
         "gpu": tensorrt.gpu_name(),
         "rows": rows,
     }
-    try:
-        _page(result).write(report)
-        write_json(report.with_suffix(".json"), result)
-    except OSError as error:
-        raise InputError(f"cannot write {report}: {error.strerror}") from None
+    _page(result).write(report, result)
     return result
 
 

@@ -15,7 +15,7 @@ from aisle.loadtest.machine import describe, machine
 from aisle.loadtest.material import random_checkpoint, read_texts
 from aisle.preprocess.encode import Encoder
 from aisle.report import Page
-from aisle.train.checkpoint import load_model, write_json
+from aisle.train.checkpoint import load_model
 
 PARTS = ("engines", "services", "growth")
 DEFAULT = PARTS[:2]
@@ -81,11 +81,7 @@ def bench(parts: Sequence[str], settings: Settings, page: Path) -> dict[str, Any
     if "growth" in parts:
         seconds = 0.3 if settings.quick else settings.seconds
         result["growth"] = growth.measure(texts, size, seconds, settings.work, settings.quick)
-    try:
-        _page(result).write(page)
-        write_json(page.with_suffix(".json"), result)
-    except OSError as error:
-        raise InputError(f"cannot write {page}: {error.strerror}") from None
+    _page(result).write(page, result)
     return {**result, "report": str(page)}
 
 

@@ -24,7 +24,7 @@ from aisle.console import say
 from aisle.deploy.triton import Options, free_ports, running
 from aisle.errors import InputError
 from aisle.report import Page
-from aisle.train.checkpoint import read_labels, write_json
+from aisle.train.checkpoint import read_labels
 from aisle.train.evaluate import measure, read_scorable
 from aisle.train.evaluation_report import BLUE, GREY
 
@@ -106,11 +106,7 @@ def frontier(
         "gpu": tensorrt.gpu_name(),
         "rows": judge(rows),
     }
-    try:
-        _page(result).write(report)
-        write_json(report.with_suffix(".json"), result)
-    except OSError as error:
-        raise InputError(f"cannot write {report}: {error.strerror}") from None
+    _page(result).write(report, result)
     return result
 
 

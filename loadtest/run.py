@@ -24,7 +24,6 @@ from aisle.loadtest.machine import describe, machine
 from aisle.preprocess.clean import TextError, prepare
 from aisle.preprocess.table import read_labelled
 from aisle.report import Page
-from aisle.train.checkpoint import write_json
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 PERCENTILES = (50, 95, 99, 99.9)
@@ -101,11 +100,7 @@ def loadtest(
         "knee": knee(rows, steps.seconds),
         "peak_texts_per_second": max(row["texts_per_second"] for row in rows),
     }
-    try:
-        _page(result, url, data).write(report)
-        write_json(report.with_suffix(".json"), result)
-    except OSError as error:
-        raise InputError(f"cannot write {report}: {error.strerror}") from None
+    _page(result, url, data).write(report, result)
     return {**result, "report": str(report)}
 
 

@@ -22,10 +22,11 @@ from aisle.build.gate import Gate, call
 from aisle.build.repository import TEMPLATE, latest_version
 from aisle.console import say, track
 from aisle.errors import ServerError
+from aisle.files import write_json
 from aisle.loadtest.load import Call, Load, closed, open_loop, percentile
 from aisle.loadtest.systems import OURS, PEERS, Peer, Service, aisle, install, peer, transformers_layout
 from aisle.preprocess.encode import Encoder
-from aisle.train.checkpoint import load_model, read_labels, write_json
+from aisle.train.checkpoint import load_model, read_labels
 from aisle.train.evaluate import logits_of
 
 ENGINE = "engine alone"

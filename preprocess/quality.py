@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import pickle
 import re
 import tempfile
@@ -183,11 +182,7 @@ def clean_file(
         writing = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
         write_rows(writing, lambda: (row for _, row in usable.read(kept)), list(columns))
         writing.replace(out)
-    _page(result).write(page)
-    figures = page.with_suffix(".json")
-    beside = figures.with_name(f".{figures.name}.part")
-    beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    beside.replace(figures)
+    _page(result).write(page, result)
     return result
 
 

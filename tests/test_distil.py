@@ -13,10 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from aisle.cli import app
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.loadtest.frontier import judge
 from aisle.preprocess.clean import Table
 from aisle.preprocess.encode import Encoder
-from aisle.train.checkpoint import load_model, read_labels, write_json
+from aisle.train.checkpoint import load_model, read_labels
 from aisle.train.data import is_held_out, split
 from aisle.train.distil import Apprentice, Distillation, Plan, Teachers, distil, spaced, student_of
 from aisle.train.evaluate import evaluate, logits_of

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 from aisle.console import say
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.augment import TECHNIQUES
 from aisle.preprocess.clean import Table, clean_rows
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.report import Page
-from aisle.train.checkpoint import write_json
 from aisle.train.data import Split, split
 from aisle.train.evaluation_report import BLUE, GREY
 from aisle.train.experiment import FIGURES, begin, summarize

@@ -17,6 +17,7 @@ from typing import Any
 
 import aisle
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint
 from aisle.train.sample import Sample, write_sample
@@ -96,10 +97,3 @@ def code_fingerprint() -> str:
     root = Path(__file__).parent.parent
     sources = sorted(path for part in ("preprocess", "train") for path in (root / part).rglob("*.py"))
     return hashlib.sha256("".join(fingerprint(path) for path in sources).encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    beside.replace(path)

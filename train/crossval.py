@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aisle.console import say
-from aisle.train.checkpoint import write_json
+from aisle.files import write_json
 from aisle.train.data import Split
 from aisle.train.processes import Processes
 from aisle.train.resume import STATE

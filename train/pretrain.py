@@ -16,9 +16,9 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from aisle.console import say, track
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.clean import TextError, content_key, prepare
 from aisle.preprocess.table import column, fingerprint, read_rows
-from aisle.train.checkpoint import write_json
 from aisle.train.data import is_held_out, is_validation
 from aisle.train.evaluate import pad
 from aisle.train.fit import Hooks, Scalars, fit, like_lengths

@@ -16,8 +16,9 @@ import torch
 
 from aisle.console import say
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.table import fingerprint
-from aisle.train.checkpoint import code_fingerprint, write_json
+from aisle.train.checkpoint import code_fingerprint
 from aisle.train.processes import Processes
 from aisle.train.settings import Settings
 

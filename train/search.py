@@ -13,9 +13,9 @@ import optuna
 
 from aisle.console import say
 from aisle.errors import InputError
+from aisle.files import write_json
 from aisle.preprocess.clean import clean_rows
 from aisle.preprocess.table import fingerprint, read_labelled
-from aisle.train.checkpoint import write_json
 from aisle.train.data import split
 from aisle.train.fit import Hooks, Scalars
 from aisle.train.processes import processes

@@ -17,12 +17,13 @@ from aisle.build.build import build
 from aisle.build.engine import load_engine
 from aisle.build.gate import predict
 from aisle.console import say
+from aisle.files import write_json
 from aisle.preprocess.clean import Table, clean_rows
 from aisle.preprocess.encode import Encoder
 from aisle.preprocess.table import fingerprint, read_labelled
 from aisle.report import Page
 from aisle.train.baselines import linear_svm
-from aisle.train.checkpoint import read_labels, write_json
+from aisle.train.checkpoint import read_labels
 from aisle.train.data import Split, split
 from aisle.train.distil import Plan, distil
 from aisle.train.evaluation_report import BLUE, GREY
