@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,3 +76,9 @@ def aisle(*arguments: str | Path, env: dict[str, str] | None = None) -> subproce
     """Run the command as a user would."""
     command = [sys.executable, "-m", "aisle", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
+
+
+def series(address: str) -> dict[str, float]:
+    """Return the metrics' series that a server at HOST:PORT shows, and their values."""
+    lines = urllib.request.urlopen(f"http://{address}/metrics").read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[:1] != "#"}

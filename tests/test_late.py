@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ import pytest
 from aisle.client import AsyncClassifier, ClassifierError
 from aisle.deploy import late
 from aisle.deploy.triton import Options, free_ports, running
+
+from .conftest import series
 
 
 def told(caller: str, sent: float, wait: float) -> str:
@@ -97,6 +98,4 @@ def test_what_nobody_waits_for_is_not_computed(repository: Path, tmp_path: Path)
 
 
 def told_by(port: int, name: str) -> float:
-    with urllib.request.urlopen(f"http://localhost:{port}/metrics") as page:
-        lines = page.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+    return sum(value for key, value in series(f"localhost:{port}").items() if key.startswith(name + "{"))

@@ -25,7 +25,7 @@ from aisle.preprocess.encode import Encoder
 from aisle.train.checkpoint import load_model, read_labels
 from aisle.train.evaluate import evaluate, logits_of
 
-from .conftest import Server
+from .conftest import Server, series
 
 TEXTS = [
     "红富士苹果 5斤装",
@@ -228,8 +228,7 @@ def test_batches_fill_at_load(server: Server, rng: random.Random) -> None:
 def figures(server: Server) -> dict[str, float]:
     """Return the metrics' series and their values, late enough for the models to have reported all they counted."""
     time.sleep(3)
-    lines = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[:1] != "#"}
+    return series(server.metrics)
 
 
 def test_metrics_count_texts_tokens_and_answers(

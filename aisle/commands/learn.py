@@ -13,6 +13,7 @@ from aisle.commands import Json, LabelColumn, TextColumn, report, show_metrics, 
 from aisle.console import say, stdout
 
 app = typer.Typer()
+Data = Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")]
 Model = Annotated[str, typer.Option(help="A Hugging Face BERT (folder or hub name), or 'scratch'.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts a step, on all devices together.")]
 LearningRate = Annotated[
@@ -22,6 +23,14 @@ LearningRate = Annotated[
 Layers = Annotated[int, typer.Option(min=1, help="Of a model from scratch.")]
 HiddenSize = Annotated[int, typer.Option(min=64, help="Of a model from scratch, a multiple of 64.")]
 MaxTokens = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a text; the rest is cut off.")]
+Dropout = Annotated[float, typer.Option(min=0, max=0.9)]
+ClassWeight = Annotated[
+    float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
+]
+Augment = Annotated[list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")]
+AugmentRate = Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")]
+ClassFloor = Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")]
+Patience = Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Compute a step's texts in so many parts, to save memory.")]
 SaveEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps that a kill can lose; default: as few as cost under 2 % of the time.")
@@ -31,7 +40,7 @@ LogDir = Annotated[Path | None, typer.Option(help="Log to TensorBoard here.")]
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    data: Data,
     out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
@@ -42,28 +51,24 @@ def train(
     batch_size: BatchSize = 64,
     learning_rate: LearningRate = None,
     max_tokens: MaxTokens = 128,
-    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    dropout: Dropout = 0.1,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
     layer_decay: Annotated[
         float | None,
         typer.Option(min=0.1, max=1, help="Rate of a layer to the next; default: 0.95, from scratch 1."),
     ] = None,
-    class_weight: Annotated[
-        float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
-    ] = 0.0,
+    class_weight: ClassWeight = 0.0,
     focal: Annotated[float, typer.Option(min=0, help="Gamma of the focal loss; 0 is plain cross-entropy.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.0,
     level_weight: Annotated[
         float, typer.Option(min=0, help="Of the loss at each level above the leaves, in categories like 'A > B > C'.")
     ] = 0.0,
-    augment: Annotated[
-        list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")
-    ] = None,
-    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")] = 0.3,
-    class_floor: Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")] = 0,
+    augment: Augment = None,
+    augment_rate: AugmentRate = 0.3,
+    class_floor: ClassFloor = 0,
     mixup: Annotated[float, typer.Option(min=0, help="Mix the embeddings of two texts by beta(a, a).")] = 0.0,
     accumulate: Accumulate = 1,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")] = 2,
+    patience: Patience = 2,
     folds: Annotated[int, typer.Option(min=0, help="Cross-validate in so many folds first.")] = 0,
     seed: int = 0,
     save_every: SaveEvery = None,
@@ -144,7 +149,7 @@ def pretrain(
 
 @app.command()
 def search(
-    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    data: Data,
     out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the search; it goes on from there.")],
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
@@ -194,7 +199,7 @@ def ablate(
 
 @app.command()
 def study(
-    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    data: Data,
     out: Annotated[Path, typer.Option("-o", "--output", help="The folder of the study; it goes on from there.")],
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
@@ -219,7 +224,7 @@ def study(
 @app.command()
 def distil(
     teachers: Annotated[list[Path], typer.Argument(metavar="TEACHER…", help="Checkpoints; several teach together.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
+    data: Data,
     out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint folder to write.")],
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
@@ -242,17 +247,13 @@ def distil(
     epochs: Annotated[int, typer.Option(min=1)] = 6,
     batch_size: BatchSize = 64,
     learning_rate: LearningRate = None,
-    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
-    class_weight: Annotated[
-        float, typer.Option(min=0, max=1, help="0: all rows count alike, 1: all categories, 0.5: between.")
-    ] = 0.0,
-    augment: Annotated[
-        list[str] | None, typer.Option(help="Vary the texts by a technique; give it once for each.")
-    ] = None,
-    augment_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of a text that is varied.")] = 0.3,
-    class_floor: Annotated[int, typer.Option(min=0, help="Repeat rows of rarer categories up to so many.")] = 0,
+    dropout: Dropout = 0.1,
+    class_weight: ClassWeight = 0.0,
+    augment: Augment = None,
+    augment_rate: AugmentRate = 0.3,
+    class_floor: ClassFloor = 0,
     accumulate: Accumulate = 1,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs that got no better.")] = 2,
+    patience: Patience = 2,
     seed: int = 0,
     save_every: SaveEvery = None,
     log_dir: LogDir = None,
