@@ -7,12 +7,14 @@ import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 from tritonclient.grpc import InferenceServerException
 from tritonclient.grpc.aio import InferenceServerClient
 
 from aisle.client.protocol import (
+    CALLS,
     IN_FLIGHT,
     MISSING,
     MODEL,
@@ -30,9 +32,16 @@ T = TypeVar("T")
 
 
 class AsyncClassifier(Connection):
-    """The asyncio twin of `Classifier`: the same arguments, results and errors."""
+    """The asyncio twin of `Classifier`: the same arguments, results and errors.
+
+    Any number of calls may be made at once: those over `CALLS` wait for others to be answered.
+    """
 
     _transport = InferenceServerClient
+
+    @cached_property
+    def _under_way(self) -> asyncio.Semaphore:
+        return asyncio.Semaphore(CALLS)
 
     async def __aenter__(self) -> Self:
         return self
@@ -53,7 +62,7 @@ class AsyncClassifier(Connection):
 
     async def stream(
         self, texts: Iterable[Text | None] | AsyncIterable[Text | None], top_k: int = 1
-    ) -> AsyncIterator[Prediction | Failure]:
+    ) -> AsyncGenerator[Prediction | Failure, None]:
         """Yield an answer for each of any number of texts, in their order; see `Classifier.stream`.
 
         Texts are drawn only as answers are taken, so a slow reader slows the reading of `texts`. Close it (`aclose`, or
@@ -114,7 +123,7 @@ class AsyncClassifier(Connection):
                     tensors,
                     self._version,
                     headers=headers,
-                    **self._limits(),
+                    **self._limits(patient),
                 ),
                 patient,
             )
@@ -126,7 +135,8 @@ class AsyncClassifier(Connection):
     async def _retrying(self, call: Any, patient: bool = False) -> Any:
         for attempt in itertools.count():
             try:
-                return await call()
+                async with self._under_way:
+                    return await call()
             except InferenceServerException as error:
                 seconds = self._seconds_to_wait(error, attempt, patient)
             await asyncio.sleep(seconds)

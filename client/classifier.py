@@ -128,7 +128,7 @@ class Classifier(Connection):
                     tensors,
                     self._version,
                     headers=headers,
-                    **self._limits(),
+                    **self._limits(patient),
                 ),
                 patient,
             )

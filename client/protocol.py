@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Text = str | bytes
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
+CALLS = 64  # of one asyncio client under way at once; the others wait here: the server's queue is for everyone
+URGENT, PATIENT = 1, 2  # Triton's priorities: a file's texts are computed when no call that someone waits for is left
 PATIENT_RETRIES = 20  # about a minute and a half
 CHANNEL = [
     # Triton's own limits: messages of any size, so that a batch of long texts fits.
@@ -223,14 +225,19 @@ class Connection:
         token = os.environ.get("AISLE_TOKEN", "")
         return cls(url, timeout=timeout, tls=TLS.from_environment(), token=token, log=log)
 
-    def _limits(self) -> dict[str, Any]:
+    def _limits(self, patient: bool) -> dict[str, Any]:
         """Return what tritonclient's `infer` is told of the time that a request may take, from now on.
 
         A request that waits longer is dropped by Triton in the first queue, and by the encoder before its turn: the
         latter is told when it was sent, by a clock that need not be the server's.
         """
         parameters = {"caller": self._name, "sent_us": time.time_ns() // 1000, "wait_us": self._wait_us}
-        return {"client_timeout": self._timeout, "timeout": self._wait_us, "parameters": parameters}
+        return {
+            "client_timeout": self._timeout,
+            "timeout": self._wait_us,
+            "priority": PATIENT if patient else URGENT,
+            "parameters": parameters,
+        }
 
     def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from aisle.preprocess.clean import TextError, prepare
 from aisle.preprocess.table import read_labelled
 
 CAPACITY_CALLERS = 64  # enough to fill every batch
+CLIENTS = 16  # each holds some calls back, as it should; strangers do not wait for each other
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Phase:
 
 
 def overload(data: Path, text_column: str, url: str, times: float, seconds: int) -> dict[str, Any]:
-    """Measure one caller, as many as fill the server, `times` that rate, and one again; `seconds` each.
+    """Measure one caller, one beside a file, as many as fill the server, `times` that rate, and one; `seconds` each.
 
     Every text is sent once more with another ending, so that the response cache does not answer it. Where
     `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its latencies
@@ -62,14 +64,18 @@ def overload(data: Path, text_column: str, url: str, times: float, seconds: int)
 
 async def _overload(texts: list[str], url: str, times: float, seconds: int) -> dict[str, Any]:
     numbers = itertools.count(time.time_ns() // 1000)
-    async with AsyncClassifier(url, retries=0) as classifier:
-        await classifier.classify(["warm-up"])
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(AsyncClassifier(url, retries=0)) for _ in range(CLIENTS)]
+        await clients[0].classify(["warm-up"])
 
-        async def call(phase: Phase) -> None:
+        def new() -> str:
             number = next(numbers)
+            return f"{texts[number % len(texts)]} {number}"
+
+        async def call(phase: Phase, client: AsyncClassifier = clients[0]) -> None:
             start = time.perf_counter()
             try:
-                await classifier.classify([f"{texts[number % len(texts)]} {number}"])
+                await client.classify([new()])
                 phase.answered.append(time.perf_counter() - start)
             except Overloaded:
                 phase.refused.append(time.perf_counter() - start)
@@ -97,14 +103,26 @@ async def _overload(texts: list[str], url: str, times: float, seconds: int) -> d
                     break
                 if late > 0 or number % 16 == 0:
                     await asyncio.sleep(max(0.0, late))
-                task = asyncio.create_task(call(phase))
+                task = asyncio.create_task(call(phase, clients[number % CLIENTS]))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             phase.seconds = time.perf_counter() - start
             await asyncio.gather(*tasks)
             return phase
 
+        async def file() -> None:
+            async with (
+                AsyncClassifier(url) as client,
+                aclosing(client.stream(new() for _ in itertools.count())) as rows,
+            ):
+                async for _ in rows:
+                    pass
+
         unloaded = await closed(1)
+        bulk = asyncio.create_task(file())
+        beside = await closed(1)
+        bulk.cancel()
+        await asyncio.wait([bulk])
         capacity = await closed(CAPACITY_CALLERS)
         rate = times * len(capacity.answered) / capacity.seconds
         over = await open_loop(rate)
@@ -112,6 +130,7 @@ async def _overload(texts: list[str], url: str, times: float, seconds: int) -> d
     return {
         "offered_per_second": round(rate, 1),
         "unloaded": unloaded.figures(),
+        "beside_file": beside.figures(),
         "capacity": capacity.figures(),
         "overload": over.figures(),
         "after": after.figures(),

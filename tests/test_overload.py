@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,14 @@ from tritonclient.grpc import InferenceServerClient
 
 from aisle.client import Classifier, Overloaded
 from aisle.client.bulk import classify_file
+from aisle.client.protocol import MODEL, PATIENT, inputs
 from aisle.deploy.triton import Options, free_ports, running
 from aisle.errors import InputError
 from aisle.loadtest import soak
 from aisle.loadtest.overload import overload
 from aisle.preprocess.table import read_rows, write_rows
+
+from .conftest import Server
 
 LONG = "红富士苹果 " * 60
 
@@ -34,7 +38,7 @@ def url(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     text = config.read_text("utf-8")
     for name, value in (("max_queue_size", 2), ("default_timeout_microseconds", 1_000_000)):
         text, count = re.subn(rf"{name}: \d+", f"{name}: {value}", text)
-        assert count == 1
+        assert count == 2  # of calls and of files
     config.write_text(text, "utf-8")
     grpc, metrics = free_ports(2)
     options = Options(copy, grpc_port=grpc, metrics_port=metrics, cache_mb=0)
@@ -67,6 +71,27 @@ def test_those_over_the_queue_cost_nothing_and_the_others_are_answered(url: str)
         assert set(outcomes) - {64, "DEADLINE_EXCEEDED"} == {"UNAVAILABLE"}
         assert encoded() - before == 64 * len(answered)  # the engine has seen none of those refused or dropped
         assert classifier.classify([LONG])[0].category == expected.category  # with the callers, the overload goes
+
+
+def test_a_call_that_someone_waits_for_goes_before_files(server: Server) -> None:
+    """It overtakes what files have in the queues of the tokenizer and of the encoder."""
+    done: list[str] = []
+    with InferenceServerClient(server.url) as triton, Classifier(server.url, timeout=60) as classifier:
+        classifier.classify([LONG])
+        batches = [inputs([f"{LONG} {time.time_ns()} {i}" for i in range(64)], 1) for _ in range(24)]
+
+        def note(result: object, error: Exception | None) -> None:
+            done.append("failed" if error else "file")
+
+        for batch in batches:
+            triton.async_infer(MODEL, batch, note, priority=PATIENT)
+        classifier.classify([f"苹果 {time.time_ns()}"])
+        done.append("call")
+        deadline = time.monotonic() + 60
+        while len(done) <= len(batches) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert sorted(done) == ["call", *["file"] * len(batches)]
+    assert done.index("call") < len(batches) // 2
 
 
 def test_a_file_is_finished_all_the_same(url: str, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def overload(
     text_column: TextColumn = "text",
     url: Url = "localhost:8001",
     times: Annotated[float, typer.Option(min=1, help="How many times its capacity the server is sent.")] = 3.0,
-    seconds: Annotated[int, typer.Option(min=1, help="Of each of the four phases.")] = 15,
+    seconds: Annotated[int, typer.Option(min=1, help="Of each of the five phases.")] = 15,
     as_json: Json = False,
 ) -> None:
     """Send a running server more than it can serve: who is refused, how fast, and what the others get."""
@@ -154,8 +154,8 @@ def _show_bench(result: dict[str, Any]) -> None:
 
 
 def _show_overload(result: dict[str, Any]) -> None:
-    phases = ("unloaded", "capacity", "overload", "after")
+    phases = ("unloaded", "beside_file", "capacity", "overload", "after")
     table = Table("", *result["unloaded"], title=f"{result['offered_per_second']} texts a second offered")
     for phase in phases:
-        table.add_row(phase, *(str(value) for value in result[phase].values()))
+        table.add_row(phase.replace("_", " "), *(str(value) for value in result[phase].values()))
     stdout.print(table)
