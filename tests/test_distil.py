@@ -21,6 +21,7 @@ from aisle.train.checkpoint import load_model, read_labels
 from aisle.train.data import is_held_out, split
 from aisle.train.distil import Apprentice, Distillation, Plan, Teachers, distil, spaced, student_of
 from aisle.train.evaluate import evaluate, logits_of
+from aisle.train.linear import LinearTeacher
 from aisle.train.model import SPECIAL
 from aisle.train.pretrain import unlabelled
 from aisle.train.processes import processes
@@ -157,12 +158,31 @@ def test_teachers_are_averaged_whatever_the_order_of_their_categories(teacher: P
     assert torch.allclose(both.sum(dim=1), torch.ones(5))
 
 
+def test_the_svm_teaches_beside_them_and_knows_varied_texts_by_their_originals(teacher: Path) -> None:
+    train = split(Table(TEXTS, LABELS)).train
+    labels = read_labels(teacher)
+    linear = LinearTeacher(train, labels)
+    varied = ["苹果"] * 5
+    with processes() as team:
+        alone = Teachers([teacher], labels, team.device).probabilities(varied, 2.0)
+        both = Teachers([teacher], labels, team.device, linear, 0.25).probabilities(varied, 2.0, train.texts[:5])
+    svm = torch.from_numpy(linear.logits(train.texts[:5]) / 2).softmax(dim=1)
+    assert torch.allclose(both, 0.75 * alone + 0.25 * svm, atol=1e-6)
+
+
 def test_a_student_is_a_checkpoint_like_any_other(teacher: Path, fruit: Path, tmp_path: Path) -> None:
     further = [("红富士苹果 脆甜 批发", ""), ("手机壳 透明", ""), *FRUIT[:3]]
     extra = table(tmp_path / "more.csv", further)
     out = tmp_path / "student"
     result = distil(
-        [teacher, teacher], fruit, "text", "category", out, QUICK, Plan(1, 64, hidden_weight=0.5), extra=[extra]
+        [teacher, teacher],
+        fruit,
+        "text",
+        "category",
+        out,
+        QUICK,
+        Plan(1, 64, hidden_weight=0.5, linear_share=0.5),
+        extra=[extra],
     )
     assert result["accuracy"] > 0.9
     assert result["teachers"]["accuracy"] > 0.9

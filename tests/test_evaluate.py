@@ -11,7 +11,7 @@ from aisle.client import Classifier, Failure, Prediction
 from aisle.errors import InputError
 from aisle.preprocess.clean import Table
 from aisle.train import metrics
-from aisle.train.baselines import KEYWORDS, apply_rules, compare, learn_rules, linear_svm, words
+from aisle.train.baselines import KEYWORDS, apply_rules, compare, learn_rules, words
 from aisle.train.calibrate import calibration, fit_temperature, softmax
 from aisle.train.evaluate import TOP_K, evaluate, largest_top_k, measure
 
@@ -154,10 +154,6 @@ def test_keyword_rules_are_what_people_would_write() -> None:
     known = {"水果": ["苹果", "新鲜"], "配件": ["手机", "phone"]}
     texts = ["苹果手机 PHONE", "苹果手机", "新鲜苹果 phone", "headphones"]
     assert apply_rules(known, texts) == ["配件", "水果", "水果", None]
-
-
-def test_linear_svm_learns() -> None:
-    assert linear_svm(TRAIN, ["苹果 红富士 一箱", "手机壳 防摔"]) == ["水果", "配件"]
 
 
 def test_baselines_need_two_categories(tmp_path: Path) -> None:

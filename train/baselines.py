@@ -10,14 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.svm import LinearSVC
-
 from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.preprocess.clean import Table, clean_rows
 from aisle.preprocess.table import read_labelled
 from aisle.train.data import is_held_out
+from aisle.train.linear import LinearSvm
 from aisle.train.metrics import score
 
 KEYWORDS = 20  # of a category: what a person would keep up
@@ -53,7 +51,7 @@ def compare(
     say(f"fitting the baselines on {len(rows)} texts")
 
     start = time.perf_counter()
-    svm = linear_svm(train, texts)
+    svm = LinearSvm(train).predict(texts)
     svm_seconds = time.perf_counter() - start
     start = time.perf_counter()
     rules = learn_rules(train)
@@ -86,21 +84,6 @@ def _versus(actual: Sequence[str], model: Sequence[str], baseline: Sequence[str]
         "only_baseline_right": theirs,
         "p_value": math.erfc(deviation / math.sqrt(2)),
     }
-
-
-def linear_svm(train: Table, texts: Sequence[str]) -> list[str]:
-    """Return the categories of `texts` by a linear SVM over TF-IDF of 1 to 4 neighbouring characters.
-
-    Characters serve Chinese, which has no spaces, and English alike.
-    """
-    # One weight a feature and category, in fp64: the bound keeps thousands of categories under a gigabyte.
-    features = min(300_000, 100_000_000 // len(set(train.labels)))
-    vectorizer = TfidfVectorizer(
-        analyzer="char", ngram_range=(1, 4), min_df=2, sublinear_tf=True, max_features=features
-    )
-    machine = LinearSVC(random_state=0)
-    machine.fit(vectorizer.fit_transform(train.texts), train.labels)
-    return [str(label) for label in machine.predict(vectorizer.transform(texts))]
 
 
 def words(text: str) -> set[str]:

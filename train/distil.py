@@ -28,6 +28,7 @@ from aisle.train.checkpoint import checkpoint_fingerprint, load_model, read_labe
 from aisle.train.data import Split, split
 from aisle.train.evaluate import logits_of, pad
 from aisle.train.fit import Hooks, Scalars, fit
+from aisle.train.linear import LinearTeacher
 from aisle.train.metrics import score
 from aisle.train.model import from_pretrained
 from aisle.train.pretrain import unlabelled
@@ -48,6 +49,7 @@ class Plan:
     temperature: float = 2.0  # softens the probabilities of teachers and student
     label_weight: float = 0.5  # of the labels' loss; the rest is that of the teachers' probabilities
     hidden_weight: float = 1.0  # of the hidden states' error, added to these
+    linear_share: float = 0.0  # of a TF-IDF + linear SVM among the teachers
     prune: bool = True  # drop the pieces of the vocabulary that no text holds
 
 
@@ -100,7 +102,8 @@ def distil(
         "plan": asdict(plan),
     }
     with processes() as team:
-        school = Teachers(teachers, labels, team.device)
+        linear = LinearTeacher(parts.train, labels) if plan.linear_share else None
+        school = Teachers(teachers, labels, team.device, linear, plan.linear_share)
         settings = replace(settings, max_tokens=school.encoders[0].max_tokens)
         with working_folder(out, identity(settings, made_from, team), first=team.first) as work:
             say(f"{cleaning.rows_kept} labelled rows, {len(further)} texts without labels")
@@ -243,20 +246,36 @@ class Apprentice(nn.Module):
 class Teachers:
     """Checkpoints that teach together; the first one's hidden states are learnt as well."""
 
-    def __init__(self, folders: Sequence[Path], labels: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        labels: Sequence[str],
+        device: torch.device,
+        linear: LinearTeacher | None = None,
+        linear_share: float = 0.0,
+    ) -> None:
         self.folders = folders
         self.encoders = [Encoder(folder / "tokenizer.json") for folder in folders]
         self.models = [load_model(folder).to(device).requires_grad_(False) for folder in folders]
         names = [read_labels(folder) for folder in folders]
         self.order = [[known.index(label) for label in labels] for known in names]
+        self.linear, self.linear_share = linear, linear_share
 
-    def probabilities(self, texts: Sequence[str], temperature: float) -> Tensor:
-        """Return the mean of the teachers' probabilities, [texts, labels]."""
+    def probabilities(self, texts: Sequence[str], temperature: float, originals: Sequence[str] = ()) -> Tensor:
+        """Return the mean of the teachers' probabilities, [texts, labels].
+
+        Args:
+            originals: what the texts were before they were varied, which the SVM has to know them by.
+        """
         shares = []
         for model, encoder, order in zip(self.models, self.encoders, self.order, strict=True):
             logits = torch.from_numpy(logits_of(model, encoder.tokens(texts), "asking a teacher"))
             shares.append((logits[:, order] / temperature).softmax(dim=1))
-        return torch.stack(shares).mean(dim=0)
+        mean = torch.stack(shares).mean(dim=0)
+        if self.linear is None:
+            return mean
+        logits = torch.from_numpy(self.linear.logits(originals or texts))
+        return mean.lerp((logits / temperature).softmax(dim=1).to(mean), self.linear_share)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Return the first teacher's, each [texts, tokens, hidden size]: embeddings, then each layer."""
@@ -299,7 +318,8 @@ class Distillation(Classification):
         batches = super().epoch(number)
         if self.soft is None or self.augmenter:  # varied texts have other probabilities
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                self.soft = self.school.probabilities(self.shown, self.plan.temperature).to(self.device)
+                self.soft = self.school.probabilities(self.shown, self.plan.temperature, self.texts)
+                self.soft = self.soft.to(self.device)
         return batches
 
     def loss(self, model: Any, rows: Sequence[int]) -> Tensor:

@@ -243,6 +243,9 @@ def distil(
     temperature: Annotated[float, typer.Option(min=0.1, help="Softens the teachers' probabilities.")] = 2.0,
     label_weight: Annotated[float, typer.Option(min=0, max=1, help="Of the labels beside the teachers.")] = 0.5,
     hidden_weight: Annotated[float, typer.Option(min=0, help="Of the hidden states' error; 0: not compared.")] = 1.0,
+    linear_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of a TF-IDF + linear SVM among the teachers; it helps on few texts.")
+    ] = 0.0,
     prune: Annotated[bool, typer.Option(help="Drop the pieces of the vocabulary that no text holds.")] = True,
     epochs: Annotated[int, typer.Option(min=1)] = 6,
     batch_size: BatchSize = 64,
@@ -278,7 +281,7 @@ def distil(
         accumulate=accumulate,
         patience=patience,
     )
-    plan = Plan(layers, hidden_size, temperature, label_weight, hidden_weight, prune)
+    plan = Plan(layers, hidden_size, temperature, label_weight, hidden_weight, linear_share, prune)
     result = run(
         teachers,
         data,
