@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Phase:
     refused: list[float] = field(default_factory=list)
     failed: int = 0
     seconds: float = 0.0
+    cores: float = 0.0  # that sending took, of this process
 
     def figures(self) -> dict[str, Any]:
         def p99(times: list[float]) -> float | None:
@@ -42,6 +44,7 @@ class Phase:
             "refused": len(self.refused),
             "refused_p99_ms": p99(self.refused),
             "failed": self.failed,
+            "sender_cores": round(self.cores, 2),
         }
 
 
@@ -50,7 +53,7 @@ def overload(data: Path, text_column: str, url: str, times: float, seconds: int)
 
     Every text is sent once more with another ending, so that the response cache does not answer it. Where
     `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its latencies
-    say nothing of the server.
+    say nothing of the server. On the server's own machine, `sender_cores` are what the sending takes from it.
 
     Raises:
         InputError: the table has no text that can be classified.
@@ -59,6 +62,7 @@ def overload(data: Path, text_column: str, url: str, times: float, seconds: int)
     texts = [text for text, _ in read_labelled(data, text_column, text_column) if text and _usable(text)]
     if not texts:
         raise InputError(f"{data} has no text that can be classified")
+    random.Random(0).shuffle(texts)  # in a table sorted by category each phase would get texts of other lengths
     return asyncio.run(_overload(texts, url, times, seconds))
 
 
@@ -82,21 +86,25 @@ async def _overload(texts: list[str], url: str, times: float, seconds: int) -> d
             except ClassifierError:
                 phase.failed += 1
 
+        def end(phase: Phase, start: float, work: float) -> Phase:
+            phase.seconds = time.perf_counter() - start
+            phase.cores = (time.process_time() - work) / phase.seconds
+            return phase
+
         async def closed(callers: int) -> Phase:
             """Each caller asks again as soon as it has its answer."""
-            phase, start = Phase(), time.perf_counter()
+            phase, start, work = Phase(), time.perf_counter(), time.process_time()
 
             async def ask() -> None:
                 while time.perf_counter() - start < seconds:
                     await call(phase)
 
             await asyncio.gather(*(ask() for _ in range(callers)))
-            phase.seconds = time.perf_counter() - start
-            return phase
+            return end(phase, start, work)
 
         async def open_loop(rate: float) -> Phase:
             """Callers come at a steady rate, as on a street."""
-            phase, start, tasks = Phase(), time.perf_counter(), set()
+            phase, start, work, tasks = Phase(), time.perf_counter(), time.process_time(), set()
             for number in itertools.count():
                 late = start + number / rate - time.perf_counter()
                 if number / rate > seconds:
@@ -106,7 +114,7 @@ async def _overload(texts: list[str], url: str, times: float, seconds: int) -> d
                 task = asyncio.create_task(call(phase, clients[number % CLIENTS]))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-            phase.seconds = time.perf_counter() - start
+            end(phase, start, work)
             await asyncio.gather(*tasks)
             return phase
 
