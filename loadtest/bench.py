@@ -177,7 +177,10 @@ def _services(page: Page, found: dict[str, Any]) -> None:
 def services_summary(found: dict[str, Any]) -> list[str]:
     lines = [f"Aisle's throughput is {times:.1f} × that of {name}." for name, times in found["times_as_fast"].items()]
     if found["share_of_engine"] is not None:
-        lines.append(f"It reaches {found['share_of_engine']:.0%} of the engine alone.")
+        lines.append(
+            f"It reaches {found['share_of_engine']:.0%} of the engine alone with single texts, "
+            f"{found['share_of_engine_files']:.0%} with {services.AT_ONCE} a call."
+        )
     if found["added_ms"] is not None:
         lines.append(f"The server adds {found['added_ms']:.1f} ms to the median latency of one text at a time.")
     if found["times_as_fast"]:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +34,8 @@ RATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 4 / 5)  # offered in an open load, as shar
 REACH = 0.9  # a peer is offered what it can bear: up to this share of its own throughput
 CHECKED = 64  # texts on which the systems must agree
 TUNED_AT = 32  # callers
+FILES, AT_ONCE = 4, 64  # callers with so many texts a call, as files are sent
+ALONE = 1024  # texts that the engine alone runs over, and files hold
 COLUMNS = {
     "system": "system",
     "load": "load",
@@ -45,6 +47,7 @@ COLUMNS = {
     "calls": "calls",
     "failures": "failed",
 }
+LOADS = {"closed": "{} at once", "files": f"{{}} at once, {AT_ONCE} texts each", "open": "{:g} texts/s"}
 SYSTEMS = ("engine", "aisle", *(each.folder for each in PEERS))
 
 
@@ -86,7 +89,7 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
             services.append(_asleep(stack, peer(each, settings, layout, work.parent / "peers", log)))
         agreement = {service.name: _agreement(service, texts[:CHECKED], expected) for service in services}
         engine = load_engine(repository / "encoder" / str(latest_version(repository)))
-        tokens = Encoder(checkpoint / "tokenizer.json").tokens(texts[:1024])
+        tokens = Encoder(checkpoint / "tokenizer.json").tokens(texts[:ALONE])
 
         def record(name: str, kind: Any, load: Load) -> None:
             loads.setdefault((name, kind), []).append(load)
@@ -98,6 +101,8 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
             def put(service: Service, kind: tuple[str, Any], number: int = number) -> None:
                 def load(each: Call) -> Awaitable[Load]:
                     some = _from(texts, number)
+                    if kind[0] == "files":
+                        return _files(each, texts, plan.seconds)
                     if kind[0] == "closed":
                         return closed(each, some, kind[1], plan.seconds)
                     return open_loop(each, some, kind[1], plan.seconds, number)
@@ -109,6 +114,9 @@ def measure(checkpoint: Path, texts: Sequence[str], plan: Plan, work: Path, rand
                     record(ENGINE, ("closed", callers), _engine(engine, tokens, callers, plan.seconds))
                 for service in services:
                     put(service, ("closed", callers))
+            for service in services:
+                if service.name == OURS:
+                    put(service, ("files", FILES))
             peaks = {service.name: _peak(loads, service.name) for service in services}
             if not rates and services:
                 rates = [round(share * peaks[services[0].name], 1) for share in RATES]
@@ -225,6 +233,13 @@ def _engine(engine: Engine, tokens: Sequence[Sequence[int]], batch: int, seconds
     return Load(latencies, 0, len(latencies) * batch / (end - start))
 
 
+async def _files(each: Call, texts: Sequence[str], seconds: float) -> Load:
+    """Send the engine's own texts as files are sent; the server's share of the engine is without the cost of calls."""
+    batches = [list(texts[i : i + AT_ONCE]) for i in range(0, min(ALONE, len(texts)), AT_ONCE)]
+    load = await closed(each, itertools.cycle([b for b in batches if len(b) == AT_ONCE] or batches), FILES, seconds)
+    return replace(load, texts_per_second=load.texts_per_second * len(batches[0]))
+
+
 def _peak(loads: dict[tuple[str, Any], list[Load]], name: str) -> float:
     return max(
         median(load.texts_per_second for load in each)
@@ -242,9 +257,9 @@ def _rows(loads: dict[tuple[str, Any], list[Load]]) -> list[dict[str, Any]]:
             {
                 "system": name,
                 "kind": kind,
-                "callers": much if kind == "closed" else None,
+                "callers": None if kind == "open" else much,
                 "rate": much if kind == "open" else None,
-                "load": f"{much} at once" if kind == "closed" else f"{much:g} texts/s",
+                "load": LOADS[kind].format(much),
                 "texts_per_second": median(load.texts_per_second for load in each),
                 "p50_ms": _milliseconds(latencies, 50),
                 "p99_ms": _milliseconds(latencies, 99),
@@ -274,6 +289,7 @@ def _verdict(rows: Sequence[dict[str, Any]], peers: Sequence[Peer]) -> dict[str,
         if row["kind"] == "closed":
             best[row["system"]] = max(best.get(row["system"], 0.0), row["texts_per_second"])
     loads = [row["load"] for row in rows if row["system"] == ENGINE and (OURS, row["load"]) in at]
+    files = [row["texts_per_second"] for row in rows if row["kind"] == "files"]
     return {
         "best": best,
         "times_as_fast": {each.name: best[OURS] / best[each.name] for each in peers if OURS in best},
@@ -283,5 +299,6 @@ def _verdict(rows: Sequence[dict[str, Any]], peers: Sequence[Peer]) -> dict[str,
             if row["system"] not in (OURS, ENGINE) and row["p99_ratio"] is not None and row["p99_ratio"] < 1
         ],
         "share_of_engine": best[OURS] / best[ENGINE] if OURS in best and ENGINE in best else None,
+        "share_of_engine_files": max(files) / best[ENGINE] if files and ENGINE in best else None,
         "added_ms": at[OURS, loads[0]]["p50_ms"] - at[ENGINE, loads[0]]["p50_ms"] if loads else None,
     }

@@ -127,12 +127,15 @@ class Service:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Call]:
-        """Give a function that sends one text and returns its category: over gRPC to Aisle, HTTP/1.1 to the peers."""
+        """Give a function that sends one text and returns its category: over gRPC to Aisle, HTTP/1.1 to the peers.
+
+        Aisle's takes lists as well, and returns the first category.
+        """
         if self.peer is None:
             async with AsyncClassifier(f"127.0.0.1:{self.port}", timeout=TIMEOUT) as classifier:
 
-                async def classify(text: str) -> str:
-                    return (await classifier.classify([text]))[0].category
+                async def classify(what: str | list[str]) -> str:
+                    return (await classifier.classify([what] if isinstance(what, str) else what))[0].category
 
                 yield classify
             return
