@@ -24,7 +24,6 @@ Text = str | bytes
 MODEL = "product_classifier"
 IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
 CALLS = 64  # of one asyncio client under way at once; the others wait here: the server's queue is for everyone
-URGENT, PATIENT = 1, 2  # Triton's priorities: a file's texts are computed when no call that someone waits for is left
 PATIENT_RETRIES = 20  # about a minute and a half
 CHANNEL = [
     # Triton's own limits: messages of any size, so that a batch of long texts fits.
@@ -113,7 +112,7 @@ class Unavailable(ClassifierError):
 
 
 class Overloaded(ClassifierError):
-    """More requests were waiting than the server lets, which it said at once, or for too long. Ask again later."""
+    """More requests were waiting than the server lets, which it said at once. Ask again later."""
 
 
 def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
@@ -161,8 +160,6 @@ def translate(error: InferenceServerException) -> Exception:
         return InvalidText(message)
     if "Exceeds maximum queue size" in message:
         return Overloaded(status, message)
-    if "Request timeout expired" in message:  # it waited in the queue for as long as its caller would
-        return Overloaded("DEADLINE_EXCEEDED", message)
     # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
     if status == "UNAVAILABLE" or passing:
         return Unavailable(status, message)
@@ -228,16 +225,13 @@ class Connection:
     def _limits(self, patient: bool) -> dict[str, Any]:
         """Return what tritonclient's `infer` is told of the time that a request may take, from now on.
 
-        A request that waits longer is dropped by Triton in the first queue, and by the encoder before its turn: the
-        latter is told when it was sent, by a clock that need not be the server's.
+        A request that waits longer is dropped by the encoder before its turn: it is told when the request was sent, by
+        a clock that need not be the server's.
         """
         parameters = {"caller": self._name, "sent_us": time.time_ns() // 1000, "wait_us": self._wait_us}
-        return {
-            "client_timeout": self._timeout,
-            "timeout": self._wait_us,
-            "priority": PATIENT if patient else URGENT,
-            "parameters": parameters,
-        }
+        if patient:
+            parameters["patient"] = True  # computed when no call that someone waits for is left
+        return {"client_timeout": self._timeout, "parameters": parameters}
 
     def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
         """Return how long to wait before the next try, or raise what the caller shall see.
@@ -247,7 +241,8 @@ class Connection:
         for one that is being started again.
         """
         translated = translate(error)
-        again = isinstance(translated, (Unavailable, Overloaded) if patient else Unavailable)
+        late = isinstance(translated, ClassifierError) and translated.status == "DEADLINE_EXCEEDED"
+        again = isinstance(translated, Unavailable) or (patient and (late or isinstance(translated, Overloaded)))
         if not again or attempt >= (
             max(self._retries, PATIENT_RETRIES) if patient and self._retries else self._retries
         ):

@@ -82,3 +82,8 @@ def series(address: str) -> dict[str, float]:
     """Return the metrics' series that a server at HOST:PORT shows, and their values."""
     lines = urllib.request.urlopen(f"http://{address}/metrics").read().decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name[:1] != "#"}
+
+
+def total(address: str, name: str) -> float:
+    """Return the sum of a metric's series at HOST:PORT."""
+    return sum(value for key, value in series(address).items() if key.partition("{")[0] == name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,24 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from aisle.build.engine import load_engine
+from aisle.deploy.batcher import Batcher, Waiting
 from aisle.deploy.late import Callers
 from aisle.deploy.observe import Metrics
 
-# Tokens of a batch, about: more make the engine no faster and let the first of them wait for the last.
-TOKENS = 4096
-COUNTERS = "tokens_useful", "tokens_computed", "engine_seconds", "engine_batches", "texts_late"
+# Tokens of a batch, about: more make the engine next to no faster, and let a call wait longer for the batch before.
+TOKENS = 2048
+PATIENCE = 10.0  # seconds
+COUNTERS = (
+    "tokens_useful",
+    "tokens_computed",
+    "engine_seconds",
+    "engine_batches",
+    "engine_failures",
+    "queue_seconds",
+    "queue_requests",
+    "requests_refused",
+    "texts_late",
+)
 
 
 class TritonPythonModel:
@@ -28,28 +39,20 @@ class TritonPythonModel:
         self.callers = Callers()
         spec = self.engine.spec
         self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
+        longest = json.loads(args["model_config"])["parameters"]["max_queue_size"]["string_value"]
+        self.batcher = Batcher(self.compute, self.answer, self.gone, tokens=TOKENS, longest_queue=int(longest))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run what waited as batches of some TOKENS tokens, in order of arrival; each is answered once it is done.
-
-        No request waits for others to arrive: while the engine is busy they queue, and all of them come here next.
-        """
-        texts = [unpadded(request) for request in requests]
-        # A caller that goes past the tokenizer may send anything: only its own requests fail.
-        fit = [True] * len(texts) if self.fit(*joined(texts)) else [self.fit(*each) for each in texts]
-        responses = [None if ok else refuse() for ok in fit]
-        good = [number for number, ok in enumerate(fit) if ok]
-        spans = batches([len(texts[number][0]) for number in good]) if good else []
-        for span in spans:
-            gone = {number for number in good[span] if self.callers.gone(requests[number].parameters())}
-            logits = iter(self.run([texts[number] for number in good[span] if number not in gone]))
-            for number in good[span]:
-                answer = self.drop(texts[number]) if number in gone else next(logits)
-                if span is spans[-1]:
-                    responses[number] = answer
-                else:
-                    requests[number].get_response_sender().send(answer, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        return responses
+        """Queue the requests; the batcher's thread answers them, so that the next can come in the meantime."""
+        for request in requests:
+            tokens, lengths = unpadded(request)
+            if not self.fit(tokens, lengths):
+                # A caller that goes past the tokenizer may send anything.
+                refuse(request, "INVALID_ARG", "input_ids and lengths must be what the tokenizer makes; " + SEND)
+            elif not self.batcher.put(Waiting(request, tokens, lengths, '"patient"' in request.parameters())):
+                self.metrics.add("aisle_requests_refused_total")
+                refuse(request, "UNAVAILABLE", "Exceeds maximum queue size")
+        return [None] * len(requests)
 
     def fit(self, tokens: Any, lengths: Any) -> bool:
         """Tell whether these are token ids, as many as the lengths say, of texts that the engine can pack."""
@@ -62,31 +65,43 @@ class TritonPythonModel:
             and (not spec.vocabulary or tokens.max() < spec.vocabulary)
         )
 
-    def run(self, texts: Sequence[Texts]) -> list[Any]:
-        """Run the texts of several requests as one batch, and hand each request its own logits."""
-        if not texts:
-            return []
+    def gone(self, waiting: Waiting) -> bool:
+        """Tell whether the caller has left; one that does not say how long it waits does so for `PATIENCE`."""
+        parameters = waiting.request.parameters()
+        return self.callers.gone(parameters) if '"wait_us"' in parameters else waiting.age > PATIENCE
+
+    def compute(self, tokens: Any, lengths: Any) -> Any:
         work: defaultdict[str, float] = defaultdict(float)
-        logits = self.engine(*joined(texts), work)
+        try:
+            logits = self.engine(tokens, lengths, work)
+        except Exception:
+            self.metrics.add("aisle_engine_failures_total")
+            raise
         for name, value in work.items():
             self.metrics.add(f"aisle_{name}_total", value)
-        ends = np.cumsum([len(lengths) for _, lengths in texts])
-        return [pb_utils.InferenceResponse([pb_utils.Tensor("logits", part)]) for part in np.split(logits, ends[:-1])]
+        return logits
 
-    def drop(self, texts: Texts) -> Any:
-        """Answer a request that nobody waits for any more, without computing it."""
-        self.metrics.add("aisle_texts_late_total", len(texts[1]))
-        message = "the caller had left before its turn came"
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.CANCELLED))
+    def answer(self, waiting: Waiting, found: Any) -> None:
+        if isinstance(found, TimeoutError):
+            self.metrics.add("aisle_texts_late_total", len(waiting.lengths))
+            refuse(waiting.request, "CANCELLED", "the caller had left before its turn came")
+        elif isinstance(found, Exception):
+            refuse(waiting.request, "INTERNAL", f"the engine failed: {found}")
+        else:
+            self.metrics.add("aisle_queue_seconds_total", waiting.waited)
+            self.metrics.add("aisle_queue_requests_total")
+            send(waiting.request, pb_utils.InferenceResponse([pb_utils.Tensor("logits", found)]))
 
     def finalize(self) -> None:
+        self.batcher.close()
         self.metrics.close()
 
 
-Texts = tuple[Any, Any]  # token ids end to end [sum of lengths], lengths [texts]
+SEND = "send texts to product_classifier"
 
 
-def unpadded(request: Any) -> Texts:
+def unpadded(request: Any) -> tuple[Any, Any]:
+    """Return the token ids of a request's texts end to end, [sum of lengths], and the lengths, [texts]."""
     input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
     lengths = pb_utils.get_input_tensor_by_name(request, "lengths").as_numpy()
     if len(input_ids) == 1:
@@ -94,20 +109,10 @@ def unpadded(request: Any) -> Texts:
     return input_ids[np.arange(input_ids.shape[1]) < lengths], lengths[:, 0]
 
 
-def joined(texts: Sequence[Texts]) -> Texts:
-    return np.concatenate([tokens for tokens, _ in texts]), np.concatenate([lengths for _, lengths in texts])
+def refuse(request: Any, status: str, message: str) -> None:
+    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, status))
+    send(request, pb_utils.InferenceResponse(error=error))
 
 
-def batches(tokens: Sequence[int]) -> list[slice]:
-    """Divide requests of so many tokens each into runs of about equally many, TOKENS at most where they are small."""
-    ends = np.cumsum(tokens)
-    count = -(-int(ends[-1]) // TOKENS)
-    middles = ends - np.asarray(tokens) / 2
-    numbers = (middles * count / ends[-1]).astype(int)
-    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(tokens)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-
-
-def refuse() -> Any:
-    message = "input_ids and lengths must be what the tokenizer makes; send texts to product_classifier"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+def send(request: Any, response: Any) -> None:
+    request.get_response_sender().send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
