@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone
 class Waiting:
     """A request: its texts end to end, and what is known of them so far."""
 
