@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
+AT_ONCE = 128  # tokens: what comes meanwhile waits no longer than for a batch
 
 
 @dataclass(eq=False)  # each is itself alone
@@ -68,6 +69,7 @@ class Batcher:
         gone: Callable[[Waiting], bool],
         *,
         tokens: int,
+        texts: int,
         longest_queue: int,
     ) -> None:
         """Start the thread.
@@ -76,14 +78,16 @@ class Batcher:
             compute: the engine: logits [texts, labels] of texts end to end and their lengths.
             answer: is given the logits of a request, all at once, or what went wrong.
             gone: tells, before its turn, whether nobody waits for a request any more; it is answered by TimeoutError.
-            tokens: of a batch, about; one text may be longer.
+            tokens: of a batch at most; one text may be longer.
+            texts: of a batch at most.
             longest_queue: requests that may wait in each of the queues.
         """
         self._compute, self._answer, self._gone = compute, answer, gone
-        self._tokens, self._longest = tokens, longest_queue
+        self._tokens, self._texts, self._longest = tokens, texts, longest_queue
         self._calls: deque[Waiting] = deque()
         self._files: deque[Waiting] = deque()
         self._changed = threading.Condition()
+        self._engine = threading.Lock()  # held while the engine computes
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
@@ -98,6 +102,21 @@ class Batcher:
             self._changed.notify()
         return True
 
+    def at_once(self, waiting: Waiting) -> Logits | None:
+        """Compute a small call here and now if nothing waits and the engine is idle: no thread need wake up for it.
+
+        Raises:
+            Exception: whatever the engine does.
+        """
+        if waiting.patient or len(waiting.tokens) > AT_ONCE or self._calls or self._files:
+            return None
+        if not self._engine.acquire(blocking=False):
+            return None
+        try:
+            return self._compute(waiting.tokens, waiting.lengths)
+        finally:
+            self._engine.release()
+
     def close(self) -> None:
         """Compute what waits, then end the thread."""
         with self._changed:
@@ -110,7 +129,8 @@ class Batcher:
             try:
                 tokens = np.concatenate([piece.tokens for piece in pieces])
                 lengths = np.concatenate([piece.lengths for piece in pieces])
-                logits = self._compute(tokens, lengths)
+                with self._engine:
+                    logits = self._compute(tokens, lengths)
             except Exception as error:  # whatever a runtime raises: these requests fail, the next are computed
                 self._fail([piece.waiting for piece in pieces], error)
                 continue
@@ -138,22 +158,22 @@ class Batcher:
         """Take texts in order of arrival until the batch is full, and those that nobody waits for."""
         pieces: list[Piece] = []
         late: list[Waiting] = []
-        room = self._tokens
-        while queue and room > 0:
+        room, places = self._tokens, self._texts
+        while queue and room > 0 and places:
             first = queue[0]
             if not first.taken and self._gone(first):
                 late.append(queue.popleft())
                 continue
             if not first.taken:
                 first.waited = first.age
-            start, total = first.taken, np.cumsum(first.lengths[first.taken :])
+            start, total = first.taken, np.cumsum(first.lengths[first.taken : first.taken + places])
             fitting = int(np.searchsorted(total, room, side="right"))
             if not fitting:
                 if pieces:
                     break
                 fitting = 1
             first.taken += fitting
-            room -= int(total[fitting - 1])
+            room, places = room - int(total[fitting - 1]), places - fitting
             pieces.append(Piece(first, start, first.taken))
             if first.taken < len(first.lengths):
                 break

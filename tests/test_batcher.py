@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aisle.deploy.batcher import Batcher, Ints, Logits, Waiting
+from aisle.deploy.batcher import AT_ONCE, Batcher, Ints, Logits, Waiting
 
 
 class Engine:
@@ -36,12 +36,13 @@ class Engine:
         self.answers[waiting.request] = found if isinstance(found, Exception) else found.tolist()
         self.order.append(waiting.request)
 
-    def batcher(self, tokens: int = 10, longest_queue: int = 8) -> Batcher:
+    def batcher(self, tokens: int = 10, texts: int = 64, longest_queue: int = 8) -> Batcher:
         return Batcher(
             self.compute,
             self.answer,
             lambda waiting: waiting.request in self.gone,
             tokens=tokens,
+            texts=texts,
             longest_queue=longest_queue,
         )
 
@@ -72,6 +73,17 @@ def test_texts_that_wait_share_a_batch_of_so_many_tokens(engine: Engine) -> None
     assert engine.answers["b"] == [[3, 15], [4, 4]]
     assert engine.answers["d"] == [[6, 180]]
     assert engine.order == ["first", "a", "b", "c", "d", "e"]
+
+
+def test_a_batch_holds_so_many_texts_at_most(engine: Engine) -> None:
+    batcher = engine.batcher(tokens=100, texts=3)
+    jammed(engine, batcher)
+    batcher.put(waiting("a", *[[n] for n in range(4)]))
+    batcher.put(waiting("b", [5], [6]))
+    engine.gate.set()
+    batcher.close()
+    assert engine.batches == [[1], [1] * 3, [1] * 3]
+    assert engine.answers["b"] == [[5, 5], [6, 6]]
 
 
 def test_calls_go_first_even_between_the_texts_of_one_request(engine: Engine) -> None:
@@ -128,3 +140,21 @@ def test_it_waits_without_work_and_counts_the_wait(engine: Engine) -> None:
     engine.gate.set()
     batcher.close()
     assert 0 < late.waited <= late.age
+
+
+def test_a_small_call_is_computed_at_once_where_nothing_waits(engine: Engine) -> None:
+    batcher = engine.batcher()
+    engine.gate.set()
+    found = batcher.at_once(waiting("call", [3, 4]))
+    assert found is not None
+    assert found.tolist() == [[3, 7]]
+    assert batcher.at_once(waiting("file", [1], patient=True)) is None
+    assert batcher.at_once(waiting("large", [1] * (AT_ONCE + 1))) is None
+    engine.gate.clear()
+    engine.busy.clear()
+    jammed(engine, batcher)
+    assert batcher.at_once(waiting("second", [1])) is None  # the engine is busy
+    batcher.put(waiting("third", [1]))
+    engine.gate.set()
+    batcher.close()
+    assert sorted(engine.answers) == ["first", "third"]

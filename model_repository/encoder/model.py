@@ -11,11 +11,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from aisle.build.engine import load_engine
+from aisle.build.tensorrt import MAX_TEXTS
 from aisle.deploy.batcher import Batcher, Waiting
 from aisle.deploy.late import Callers
 from aisle.deploy.observe import Metrics
 
-# Tokens of a batch, about: more make the engine next to no faster, and let a call wait longer for the batch before.
+# Tokens of a batch on a CPU: more make the engine next to no faster, and let a call wait longer for the batch before.
 TOKENS = 2048
 PATIENCE = 10.0  # seconds
 COUNTERS = (
@@ -40,19 +41,34 @@ class TritonPythonModel:
         spec = self.engine.spec
         self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
         longest = json.loads(args["model_config"])["parameters"]["max_queue_size"]["string_value"]
-        self.batcher = Batcher(self.compute, self.answer, self.gone, tokens=TOKENS, longest_queue=int(longest))
+        self.batcher = Batcher(
+            self.compute,
+            self.answer,
+            self.gone,
+            tokens=TOKENS if spec.target == "openvino" else MAX_TEXTS * spec.max_tokens,
+            texts=MAX_TEXTS,
+            longest_queue=int(longest),
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Queue the requests; the batcher's thread answers them, so that the next can come in the meantime."""
-        for request in requests:
+        """Queue the requests; the batcher's thread answers them, so that the next can come in the meantime.
+
+        A lone small one that finds the engine idle is answered here.
+        """
+        responses: list[Any] = [None] * len(requests)
+        for number, request in enumerate(requests):
             tokens, lengths = unpadded(request)
             if not self.fit(tokens, lengths):
                 # A caller that goes past the tokenizer may send anything.
                 refuse(request, "INVALID_ARG", "input_ids and lengths must be what the tokenizer makes; " + SEND)
-            elif not self.batcher.put(Waiting(request, tokens, lengths, '"patient"' in request.parameters())):
+                continue
+            waiting = Waiting(request, tokens, lengths, '"patient"' in request.parameters())
+            if len(requests) == 1 and (logits := self.batcher.at_once(waiting)) is not None:
+                responses[number] = self.answered(waiting, logits)
+            elif not self.batcher.put(waiting):
                 self.metrics.add("aisle_requests_refused_total")
                 refuse(request, "UNAVAILABLE", "Exceeds maximum queue size")
-        return [None] * len(requests)
+        return responses
 
     def fit(self, tokens: Any, lengths: Any) -> bool:
         """Tell whether these are token ids, as many as the lengths say, of texts that the engine can pack."""
@@ -88,9 +104,12 @@ class TritonPythonModel:
         elif isinstance(found, Exception):
             refuse(waiting.request, "INTERNAL", f"the engine failed: {found}")
         else:
-            self.metrics.add("aisle_queue_seconds_total", waiting.waited)
-            self.metrics.add("aisle_queue_requests_total")
-            send(waiting.request, pb_utils.InferenceResponse([pb_utils.Tensor("logits", found)]))
+            send(waiting.request, self.answered(waiting, found))
+
+    def answered(self, waiting: Waiting, logits: Any) -> Any:
+        self.metrics.add("aisle_queue_seconds_total", waiting.waited)
+        self.metrics.add("aisle_queue_requests_total")
+        return pb_utils.InferenceResponse([pb_utils.Tensor("logits", logits)])
 
     def finalize(self) -> None:
         self.batcher.close()
