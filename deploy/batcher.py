@@ -7,6 +7,7 @@ until another request comes, half a second at most. So requests are taken from T
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -82,7 +83,7 @@ class Batcher:
             texts: of a batch at most.
             longest_queue: requests that may wait in each of the queues.
         """
-        self._compute, self._answer, self._gone = compute, answer, gone
+        self._compute, self._tell, self._gone = compute, answer, gone
         self._tokens, self._texts, self._longest = tokens, texts, longest_queue
         self._calls: deque[Waiting] = deque()
         self._files: deque[Waiting] = deque()
@@ -110,7 +111,7 @@ class Batcher:
         """
         if waiting.patient or len(waiting.tokens) > AT_ONCE or self._calls or self._files:
             return None
-        if not self._engine.acquire(blocking=False):
+        if self._gone(waiting) or not self._engine.acquire(blocking=False):
             return None
         try:
             return self._compute(waiting.tokens, waiting.lengths)
@@ -179,6 +180,10 @@ class Batcher:
                 break
             queue.popleft()
         return pieces, late
+
+    def _answer(self, waiting: Waiting, found: Logits | Exception) -> None:
+        with contextlib.suppress(Exception):  # one that cannot be answered must not end the thread for all others
+            self._tell(waiting, found)
 
     def _fail(self, failed: list[Waiting], error: Exception) -> None:
         with self._changed:

@@ -132,6 +132,21 @@ def test_a_batch_that_fails_fails_alone(engine: Engine) -> None:
     assert engine.answers["good"] == [[2, 2]]
 
 
+def test_one_that_cannot_be_answered_ends_nothing(engine: Engine) -> None:
+    def answer(waiting: Waiting, found: Any) -> None:
+        if waiting.request == "closed":
+            raise RuntimeError("the response has been sent")
+        engine.answer(waiting, found)
+
+    batcher = Batcher(engine.compute, answer, lambda _: False, tokens=10, texts=64, longest_queue=8)
+    jammed(engine, batcher)
+    batcher.put(waiting("closed", [1]))
+    batcher.put(waiting("open", [1]))
+    engine.gate.set()
+    batcher.close()
+    assert sorted(engine.answers) == ["first", "open"]
+
+
 def test_it_waits_without_work_and_counts_the_wait(engine: Engine) -> None:
     batcher = engine.batcher()
     jammed(engine, batcher)
@@ -149,6 +164,8 @@ def test_a_small_call_is_computed_at_once_where_nothing_waits(engine: Engine) ->
     assert found is not None
     assert found.tolist() == [[3, 7]]
     assert batcher.at_once(waiting("file", [1], patient=True)) is None
+    engine.gone.add("left")
+    assert batcher.at_once(waiting("left", [1])) is None
     assert batcher.at_once(waiting("large", [1] * (AT_ONCE + 1))) is None
     engine.gate.clear()
     engine.busy.clear()

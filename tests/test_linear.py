@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from aisle.errors import InputError
 from aisle.preprocess.clean import Table
 from aisle.train.linear import LinearSvm, LinearTeacher
 
@@ -58,3 +59,8 @@ def test_a_teacher_is_no_surer_of_what_it_was_fitted_to_than_of_new_texts() -> N
     assert np.mean([a == b for a, b in zip(by_heart, train.labels, strict=True)]) > 0.9
     assert loss(train) == pytest.approx(loss(new), abs=0.1)
     assert 0.7 < loss(new) < np.log(3)  # calibrated: better than not knowing
+
+
+def test_too_few_texts_cannot_be_taught_from() -> None:
+    with pytest.raises(InputError, match="too few for an SVM to teach; leave --linear-share out"):
+        LinearTeacher(Table(["苹果 红富士", "手机壳 防摔"], ["水果", "配件"]), ["水果", "配件"])

@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
 
 from aisle.console import track
+from aisle.errors import InputError
 from aisle.preprocess.clean import Table
 from aisle.train.calibrate import fit_temperature
 
@@ -53,7 +54,21 @@ class LinearTeacher:
     """
 
     def __init__(self, train: Table, labels: Sequence[str]) -> None:
+        """Fit it.
+
+        Raises:
+            InputError: a fold leaves too little to learn from.
+        """
         self._labels = labels
+        try:
+            scores = self._fit(train, labels)
+        except ValueError as error:  # scikit-learn's: one category, or no run of characters twice
+            few = f"{len(train.texts)} texts are too few for an SVM to teach"
+            raise InputError(f"{few}; leave --linear-share out") from error
+        self.temperature = fit_temperature(scores, [labels.index(label) for label in train.labels])
+        self._known = dict(zip(train.texts, scores, strict=True))
+
+    def _fit(self, train: Table, labels: Sequence[str]) -> Scores:
         self._whole = LinearSvm(train)
         fold = np.random.default_rng(0).permutation(len(train.texts)) % FOLDS
         scores = np.zeros((len(train.texts), len(labels)), np.float32)
@@ -62,8 +77,7 @@ class LinearTeacher:
             others = np.flatnonzero(fold != number)
             machine = LinearSvm(Table([train.texts[i] for i in others], [train.labels[i] for i in others]))
             scores[inside] = machine.scores([train.texts[i] for i in inside], labels)
-        self.temperature = fit_temperature(scores, [labels.index(label) for label in train.labels])
-        self._known = dict(zip(train.texts, scores, strict=True))
+        return scores
 
     def logits(self, texts: Sequence[str]) -> Scores:
         """Return calibrated logits, [texts, labels]."""
