@@ -109,10 +109,11 @@ class Batcher:
         Raises:
             Exception: whatever the engine does.
         """
-        if waiting.patient or len(waiting.tokens) > AT_ONCE or self._calls or self._files:
+        if waiting.patient or len(waiting.tokens) > AT_ONCE:
             return None
-        if self._gone(waiting) or not self._engine.acquire(blocking=False):
-            return None
+        with self._changed:  # the thread asks, too, who is gone
+            if self._calls or self._files or self._gone(waiting) or not self._engine.acquire(blocking=False):
+                return None
         try:
             return self._compute(waiting.tokens, waiting.lengths)
         finally:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import pytest
 from aisle.client import Classifier, Prediction
 from aisle.deploy.triton import free_ports
 
+from .conftest import series
 from .test_dashboard import names, told
 
 TEXTS = [f"红富士苹果 {i}斤装" if i % 2 else f"手机壳 磨砂防摔 {i}" for i in range(1500)]
@@ -37,9 +36,8 @@ class Member:
 
     def texts(self) -> int:
         """How many texts went through it, those that its cache answered aside."""
-        page = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics").read().decode()
-        found = re.search(r'nv_inference_count{model="tokenizer",version="\d+"} (\d+)', page)
-        return int(found.group(1)) if found else 0
+        shown = series(f"127.0.0.1:{self.metrics}").items()
+        return int(sum(value for key, value in shown if key.startswith('nv_inference_count{model="tokenizer",')))
 
     def lose(self) -> None:
         """End it as a machine that loses its power."""

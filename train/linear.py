@@ -82,7 +82,7 @@ class LinearTeacher:
     def logits(self, texts: Sequence[str]) -> Scores:
         """Return calibrated logits, [texts, labels]."""
         new = [text for text in texts if text not in self._known]
-        rest = iter(self._whole.scores(new, self._labels) if new else ())
-        rows = [self._known[text] if text in self._known else next(rest) for text in texts]
-        logits: Scores = np.stack(rows) / np.float32(self.temperature)
+        if new:
+            self._known.update(zip(new, self._whole.scores(new, self._labels), strict=True))
+        logits: Scores = np.stack([self._known[text] for text in texts]) / np.float32(self.temperature)
         return logits

@@ -60,7 +60,7 @@ class TritonPythonModel:
             tokens, lengths = unpadded(request)
             if not self.fit(tokens, lengths):
                 # A caller that goes past the tokenizer may send anything.
-                refuse(request, "INVALID_ARG", "input_ids and lengths must be what the tokenizer makes; " + SEND)
+                refuse(request, "INVALID_ARG", UNFIT)
                 continue
             waiting = Waiting(request, tokens, lengths, '"patient"' in request.parameters())
             if len(requests) == 1 and (logits := self.batcher.at_once(waiting)) is not None:
@@ -116,7 +116,7 @@ class TritonPythonModel:
         self.metrics.close()
 
 
-SEND = "send texts to product_classifier"
+UNFIT = "input_ids and lengths must be what the tokenizer makes; send texts to product_classifier"
 
 
 def unpadded(request: Any) -> tuple[Any, Any]:
