@@ -115,11 +115,19 @@ class Supervisor:
         self._status.write(self._repository)
 
     def _heal(self) -> None:
-        """Load anew what runs in a process that ended: Triton notices, but leaves it at that."""
+        """Load anew what runs in a process that ended: Triton notices, but leaves it at that.
+
+        The encoder is handed requests ahead, and those that wait in one that ended Triton never answers. Only its own end
+        tells their callers, at once, to ask again.
+        """
         stubs = _stubs(self._triton.process.pid)
         dead = {self._stubs[pid] for pid in self._stubs.keys() - stubs.keys() - self._leaving}
         for model, version in sorted(dead):
             say(f"a process of {model}, version {version}, ended; starting it again")
+            if model == "encoder" and (version == self.release.live or self.release.share):
+                say("callers wait for an answer that was to come from it, so all of Triton is started again")
+                self._triton.process.kill()
+                return
             self._leaving |= {pid for pid, owner in stubs.items() if owner == (model, version)}
             if not self._triton.view.has(model, version):
                 continue

@@ -23,7 +23,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from aisle.build.repository import MODELS
-from aisle.client import Classifier, Prediction
+from aisle.client import Classifier, Prediction, Unavailable
 from aisle.client.bulk import classify_file
 from aisle.deploy import supervise
 from aisle.deploy.release import Release, servers
@@ -87,6 +87,22 @@ def test_a_file_survives_the_death_of_a_step_and_of_triton(
         assert wait_for(lambda: below(process, "--model-repository=")) != {triton}
     assert (result["rows"], result["errors"], result["resumed_from"]) == (4000, 0, 0)
     assert [row["text"] for row in read_rows(out)] == texts
+
+
+def test_who_waits_in_an_encoder_that_dies_is_told_at_once(served: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = served
+    text = "红富士苹果 " * 60
+    with Classifier(url, timeout=120, retries=0) as classifier, ThreadPoolExecutor(16) as pool:
+        classifier.classify([text])
+        encoder = below(process, "/encoder/1/model.py")
+        calls = [pool.submit(classifier.classify, [f"{number} {text}"] * 64) for number in range(16)]
+        wait_for(lambda: any(call.done() for call in calls))
+        os.kill(*encoder, signal.SIGKILL)
+        failures = [error for call in calls if (error := call.exception(60)) is not None]
+        assert failures
+        assert all(isinstance(error, Unavailable) for error in failures)  # which is what a client asks again after
+    with Classifier(url) as classifier:
+        assert [type(answer) for answer in classifier.stream([text])] == [Prediction]  # once all is back
 
 
 def test_a_step_that_hangs_is_noticed_and_loses_no_row(served: tuple[subprocess.Popen[str], str]) -> None:
