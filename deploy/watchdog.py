@@ -41,4 +41,4 @@ def _watch(triton: Triton) -> None:
             if time.monotonic() - alive > SILENCE and triton.process.poll() is None:
                 say(f"Triton has answered nobody for {SILENCE:.0f} s, so it is started again: {error}")
                 triton.process.kill()
-    admin.close()
+        admin.close()  # until the next look: Triton, told to stop, would wait for it and then break off

@@ -17,6 +17,7 @@ from aisle.build.build import build
 from aisle.build.repository import MANIFEST
 from aisle.build.tensorrt import gpu_name
 from aisle.client import Classifier
+from aisle.deploy import watchdog
 from aisle.deploy.triton import Options, free_ports, running
 from aisle.errors import InputError, ServerError
 from aisle.preprocess.table import fingerprint
@@ -64,6 +65,16 @@ def test_nothing_is_left_running(repository: Path, how: signal.Signals) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in below):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_server_that_was_watched_over_still_ends_of_itself(repository: Path) -> None:
+    """Triton waits for whoever is connected, the watchdog too, and breaks off after ten seconds."""
+    process, _ = serving(repository)
+    time.sleep(watchdog.SECONDS + 1)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert "Waiting for in-flight requests to complete" in log
+    assert "timeout expired" not in log
 
 
 def test_shared_memory_is_given_back(repository: Path) -> None:
