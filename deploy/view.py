@@ -103,7 +103,7 @@ class View:
         lines = [
             f'name: "{ENSEMBLE}"\nbackend: "python"',
             interface[: interface.rindex("]")].rstrip() + ",\n" + version,
-            "instance_group [ { count: 2 kind: KIND_CPU } ]\ndynamic_batching { }",
+            "instance_group [ { count: 1 kind: KIND_CPU } ]\ndynamic_batching { }",
             *(
                 f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
                 for key, value in parameters.items()
