@@ -70,6 +70,7 @@ class Batcher:
         gone: Callable[[Waiting], bool],
         *,
         tokens: int,
+        tokens_of_files: int,
         texts: int,
         longest_queue: int,
     ) -> None:
@@ -80,11 +81,12 @@ class Batcher:
             answer: is given the logits of a request, all at once, or what went wrong.
             gone: tells, before its turn, whether nobody waits for a request any more; it is answered by TimeoutError.
             tokens: of a batch at most; one text may be longer.
+            tokens_of_files: the same of a batch of files, for which a call that comes meanwhile waits.
             texts: of a batch at most.
             longest_queue: requests that may wait in each of the queues.
         """
         self._compute, self._tell, self._gone = compute, answer, gone
-        self._tokens, self._texts, self._longest = tokens, texts, longest_queue
+        self._tokens, self._tokens_of_files, self._texts, self._longest = tokens, tokens_of_files, texts, longest_queue
         self._calls: deque[Waiting] = deque()
         self._files: deque[Waiting] = deque()
         self._changed = threading.Condition()
@@ -160,7 +162,7 @@ class Batcher:
         """Take texts in order of arrival until the batch is full, and those that nobody waits for."""
         pieces: list[Piece] = []
         late: list[Waiting] = []
-        room, places = self._tokens, self._texts
+        room, places = self._tokens if queue is self._calls else self._tokens_of_files, self._texts
         while queue and room > 0 and places:
             first = queue[0]
             if not first.taken and self._gone(first):

@@ -42,6 +42,7 @@ class Engine:
             self.answer,
             lambda waiting: waiting.request in self.gone,
             tokens=tokens,
+            tokens_of_files=tokens // 2,
             texts=texts,
             longest_queue=longest_queue,
         )
@@ -87,14 +88,14 @@ def test_a_batch_holds_so_many_texts_at_most(engine: Engine) -> None:
 
 
 def test_calls_go_first_even_between_the_texts_of_one_request(engine: Engine) -> None:
-    batcher = engine.batcher(tokens=4)
+    batcher = engine.batcher(tokens=8)  # and half of that of files
     batcher.put(waiting("file", *[[n] * 2 for n in range(6)], patient=True))
     assert engine.busy.wait(30)  # with the first two texts
     assert batcher.put(waiting("other file", [8], patient=True))
-    assert batcher.put(waiting("call", [9]))
+    assert batcher.put(waiting("call", *[[9, 9]] * 3))
     engine.gate.set()
     batcher.close()
-    assert engine.batches == [[2, 2], [1], [2, 2], [2, 2], [1]]
+    assert engine.batches == [[2, 2], [2, 2, 2], [2, 2], [2, 2], [1]]
     assert engine.order == ["call", "file", "other file"]
     assert engine.answers["file"] == [[n, 2 * n] for n in range(6)]
 
@@ -138,7 +139,7 @@ def test_one_that_cannot_be_answered_ends_nothing(engine: Engine) -> None:
             raise RuntimeError("the response has been sent")
         engine.answer(waiting, found)
 
-    batcher = Batcher(engine.compute, answer, lambda _: False, tokens=10, texts=64, longest_queue=8)
+    batcher = Batcher(engine.compute, answer, lambda _: False, tokens=10, tokens_of_files=5, texts=64, longest_queue=8)
     jammed(engine, batcher)
     batcher.put(waiting("closed", [1]))
     batcher.put(waiting("open", [1]))

@@ -18,6 +18,8 @@ from aisle.deploy.observe import Metrics
 
 # Tokens of a batch on a CPU: more make the engine next to no faster, and let a call wait longer for the batch before.
 TOKENS = 2048
+# Of a batch of files: 3 or 4 % slower, and a call that comes in between waits half as long.
+TOKENS_OF_FILES = 1024
 PATIENCE = 10.0  # seconds
 COUNTERS = (
     "tokens_useful",
@@ -41,11 +43,14 @@ class TritonPythonModel:
         spec = self.engine.spec
         self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
         longest = json.loads(args["model_config"])["parameters"]["max_queue_size"]["string_value"]
+        all_texts = MAX_TEXTS * spec.max_tokens
+        on_cpu = spec.target == "openvino"
         self.batcher = Batcher(
             self.compute,
             self.answer,
             self.gone,
-            tokens=TOKENS if spec.target == "openvino" else MAX_TEXTS * spec.max_tokens,
+            tokens=TOKENS if on_cpu else all_texts,
+            tokens_of_files=TOKENS_OF_FILES if on_cpu else all_texts,
             texts=MAX_TEXTS,
             longest_queue=int(longest),
         )
