@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-
-# Requests under way at once, each in a thread that waits: more than both versions' encoders keep in their queues on a CPU,
-# so that they, who know what they bear, refuse what is too much.
+# Requests under way at once, each in a thread that waits: more than two encoders on a CPU let wait, so that they, who
+# know what they bear, refuse what is too much.
 THREADS = 512
 
 

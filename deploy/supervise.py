@@ -117,20 +117,21 @@ class Supervisor:
     def _heal(self) -> None:
         """Load anew what runs in a process that ended: Triton notices, but leaves it at that.
 
-        The encoder is handed requests ahead, and those that wait in one that ended Triton never answers. Only its own end
-        tells their callers, at once, to ask again.
+        The encoder and the router are handed requests ahead, and those that wait in one that ended Triton never
+        answers. Only Triton's own end tells their callers, at once, to ask again.
         """
         stubs = _stubs(self._triton.process.pid)
         dead = {self._stubs[pid] for pid in self._stubs.keys() - stubs.keys() - self._leaving}
         for model, version in sorted(dead):
+            if not self._triton.view.has(model, version):
+                continue
             say(f"a process of {model}, version {version}, ended; starting it again")
-            if model == "encoder" and (version == self.release.live or self.release.share):
+            answers_callers = version == self.release.live or self.release.share > 0
+            if model == ENSEMBLE or (model == "encoder" and answers_callers):
                 say("callers wait for an answer that was to come from it, so all of Triton is started again")
                 self._triton.process.kill()
                 return
             self._leaving |= {pid for pid, owner in stubs.items() if owner == (model, version)}
-            if not self._triton.view.has(model, version):
-                continue
             try:
                 self._triton.view.touch(model, version)
                 self._triton.admin.load(model)
@@ -151,7 +152,7 @@ class Supervisor:
         if changed == self._written:
             return
         self._written = changed
-        before = set(_stubs(self._triton.process.pid))
+        before = _stubs(self._triton.process.pid)
         try:
             wanted = Release.load(self._repository)
             if wanted.revision == self._status.revision:
@@ -166,7 +167,8 @@ class Supervisor:
             self._status.live = wanted.live
             tap.follow(wanted)
             say(f"release {wanted.revision}: {_described(wanted)}")
-        self._leaving |= before
+        kept = _versions(self.release)
+        self._leaving |= {pid for pid, (model, version) in before.items() if model == ENSEMBLE or version not in kept}
         self._stubs = _stubs(self._triton.process.pid)
         self._report(tap)
 

@@ -120,14 +120,40 @@ def test_a_step_that_hangs_is_noticed_and_loses_no_row(served: tuple[subprocess.
         assert encoder not in below(process, "/encoder/1/model.py")
 
 
+def test_what_dies_and_keeps_nobody_waiting_is_loaded_anew_by_itself(
+    served: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    """A step that Triton hands no requests ahead, and the encoder of a candidate that answers no caller."""
+    process, url = served
+    triton = below(process, "--model-repository=")
+    repository = tmp_path / "repository"
+    trial = subprocess.Popen(tried(repository, "--shadow", "120"), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: servers(repository)[0].revision == 2)
+        with Classifier(url) as classifier:
+            for code in ("/tokenizer/1/model.py", "/encoder/2/model.py"):
+                (dead,) = below(process, code)
+                os.kill(dead, signal.SIGKILL)
+                wait_for(lambda code=code, dead=dead: below(process, code) - {dead})  # type: ignore[misc]
+                assert [type(answer) for answer in classifier.stream(["红富士苹果"])] == [Prediction]
+        assert below(process, "--model-repository=") == triton
+    finally:
+        trial.terminate()
+        trial.communicate(timeout=60)
+
+
+def tried(repository: Path, *how: str) -> list[str]:
+    """Add version 2, the same as version 1, and return the command that tries it."""
+    for model in MODELS:
+        shutil.copytree(repository / model / "1", repository / model / "2", symlinks=True)
+    return [sys.executable, "-m", "aisle", "deploy", "--repository", str(repository), "--version", "2", *how]
+
+
 def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
     """Should the candidate have been what ended it, it is not tried again and again."""
     process, url = served
     repository = tmp_path / "repository"
-    for model in MODELS:
-        shutil.copytree(repository / model / "1", repository / model / "2", symlinks=True)
-    command = [sys.executable, "-m", "aisle", "deploy", "--repository", str(repository), "--version", "2"]
-    command += ["--canary", "0.5", "--canary-seconds", "120"]
+    command = tried(repository, "--canary", "0.5", "--canary-seconds", "120")
     trial = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: Release.load(repository).share and servers(repository)[0].revision == 2)
     (triton,) = below(process, "--model-repository=")
