@@ -1,4 +1,4 @@
-"""Encoding: cleaned texts to WordPiece token ids, with the checkpoint's own tokenizer.json."""
+"""Encoding: cleaned texts to token ids, with the checkpoint's own tokenizer.json."""
 
 from __future__ import annotations
 

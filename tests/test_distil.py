@@ -22,13 +22,14 @@ from aisle.train.data import is_held_out, split
 from aisle.train.distil import Apprentice, Distillation, Plan, Teachers, distil, spaced, student_of
 from aisle.train.evaluate import evaluate, logits_of
 from aisle.train.linear import LinearTeacher
-from aisle.train.model import SPECIAL
+from aisle.train.model import MULTILINGUAL, SPECIAL
 from aisle.train.pretrain import unlabelled
 from aisle.train.processes import processes
 from aisle.train.prune import needed, prune_vocabulary, shrink
 from aisle.train.settings import Settings
 from aisle.train.train import train
 
+from .test_pretrain import sentencepiece
 from .test_train import FRUIT, table
 
 TEXTS, LABELS = [text for text, _ in FRUIT], [label for _, label in FRUIT]
@@ -297,7 +298,24 @@ def test_rare_pieces_are_cut_finer_and_never_unknown(wordpiece: Path) -> None:
     ]
 
 
-def test_only_wordpiece_is_pruned(wordpiece: Path) -> None:
+def test_a_pruned_sentencepiece_vocabulary_cuts_the_texts_into_the_same_pieces() -> None:
+    tokenizer = sentencepiece(TEXTS)
+    texts = [*TEXTS[::2], "苹果 汉 苹果", "zzz 红富士"]
+    pruned = shrink(tokenizer, needed(tokenizer, texts, 1))
+    for text in texts:
+        before, after = tokenizer.encode(text), pruned.encode(text)
+        assert after.tokens == before.tokens
+        assert (after.tokens[0], after.tokens[-1]) == ("<s>", "</s>")
+        assert [pruned.id_to_token(number) for number in after.ids] == [
+            tokenizer.id_to_token(number) for number in before.ids
+        ]
+    kept = pruned.get_vocab()
+    assert sorted(kept.values()) == list(range(len(kept)))
+    assert len(kept) < tokenizer.get_vocab_size()
+    assert {*MULTILINGUAL} <= kept.keys()
+
+
+def test_only_wordpiece_and_sentencepiece_are_pruned(wordpiece: Path) -> None:
     told = json.loads(wordpiece.read_text())
     told["model"] = {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
     told["added_tokens"], told["post_processor"] = [], None

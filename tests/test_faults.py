@@ -129,7 +129,7 @@ def test_what_dies_and_keeps_nobody_waiting_is_loaded_anew_by_itself(
     repository = tmp_path / "repository"
     trial = subprocess.Popen(tried(repository, "--shadow", "120"), stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: servers(repository)[0].revision == 2)
+        wait_for(lambda: [each.revision for each in servers(repository)] == [2])
         with Classifier(url) as classifier:
             for code in ("/tokenizer/1/model.py", "/encoder/2/model.py"):
                 (dead,) = below(process, code)
@@ -155,7 +155,7 @@ def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp
     repository = tmp_path / "repository"
     command = tried(repository, "--canary", "0.5", "--canary-seconds", "120")
     trial = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: Release.load(repository).share and servers(repository)[0].revision == 2)
+    wait_for(lambda: Release.load(repository).share and [each.revision for each in servers(repository)] == [2])
     (triton,) = below(process, "--model-repository=")
     os.kill(triton, signal.SIGKILL)
     _, errors = trial.communicate(timeout=60)

@@ -1,15 +1,20 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel
 
 from aisle.errors import InputError
 from aisle.preprocess.encode import Encoder
+from aisle.train.checkpoint import load_model
 from aisle.train.data import is_held_out
-from aisle.train.model import train_tokenizer
+from aisle.train.evaluate import logits_of
+from aisle.train.model import MULTILINGUAL, train_tokenizer
 from aisle.train.pretrain import MaskedWords, pretrain, read_texts
+from aisle.train.prune import prune_vocabulary
 from aisle.train.settings import Settings
 from aisle.train.train import train
 
@@ -46,6 +51,53 @@ def test_pretraining_goes_on_from_a_pretrained_model(pretrained: Path, fruit: Pa
     result = pretrain([fruit], "text", tmp_path / "more", Settings(str(pretrained), epochs=1, batch_size=8))
     before = json.loads((pretrained / "pretraining.json").read_text())["epochs"]
     assert result["epochs"][0]["loss"] < before[0]["loss"]
+
+
+def sentencepiece(texts: Sequence[str]) -> Tokenizer:
+    """A tokenizer as those of the multilingual BERTs."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=MULTILINGUAL, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return tokenizer
+
+
+def test_a_multilingual_bert_is_pretrained_further_fine_tuned_and_pruned(fruit: Path, tmp_path: Path) -> None:
+    tokenizer, folder = sentencepiece([text for text, _ in FRUIT]), tmp_path / "multilingual"
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size() + 35,  # as multilingual-e5-small: more rows than pieces
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    pretrain([fruit], "text", tmp_path / "further", Settings(str(folder), epochs=1, batch_size=8))
+    told = Settings(str(tmp_path / "further"), epochs=8, batch_size=8, patience=8, learning_rate=2e-3)
+    assert train(fruit, "text", "category", tmp_path / "classifier", told)["accuracy"] > 0.9
+    encoder = Encoder(tmp_path / "classifier" / "tokenizer.json")
+    assert encoder.tokens(["红富士苹果 5斤装"])[0] == tokenizer.encode("红富士苹果 5斤装").ids
+
+    model, texts = load_model(tmp_path / "classifier"), [text for text, _ in FRUIT][::3]
+    before = logits_of(model, encoder.tokens(texts), "before")
+    pruned, sizes = prune_vocabulary(model, encoder, texts, tmp_path)
+    assert (logits_of(model, pruned.tokens(texts), "after") == before).all()
+    assert sizes["vocabulary"]["after"] < encoder.vocabulary
+
+
+def test_what_masks_no_words_is_not_pretrained_further(fruit: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    config = BertConfig(vocab_size=4, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save(str(tmp_path / "bert" / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"no \[MASK\]"):
+        pretrain([fruit], "text", tmp_path / "out", Settings(str(tmp_path / "bert"), epochs=1))
 
 
 def test_texts_come_from_several_tables_once_and_none_is_held_out(fruit: Path, tmp_path: Path) -> None:

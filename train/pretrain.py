@@ -22,7 +22,7 @@ from aisle.preprocess.table import column, fingerprint, read_rows
 from aisle.train.data import is_held_out, is_validation
 from aisle.train.evaluate import pad
 from aisle.train.fit import Hooks, Scalars, fit, like_lengths
-from aisle.train.model import SPECIAL, load_bert, small_bert, train_tokenizer
+from aisle.train.model import load_bert, small_bert, special_tokens, train_tokenizer
 from aisle.train.processes import processes
 from aisle.train.resume import STATE, check_replaceable, identity, put_in_place, working_folder
 from aisle.train.settings import Settings
@@ -48,7 +48,7 @@ def pretrain(
     Returns pretraining.json: the loss and the accuracy on the masked words of the validation texts.
 
     Raises:
-        InputError: a table cannot be read, nothing is left to learn from, or the model cannot be loaded.
+        InputError: a table cannot be read, too few texts are left, or the model cannot be loaded or knows no mask.
     """
     start = time.perf_counter()
     check_replaceable(out, "pretraining.json")
@@ -77,7 +77,7 @@ def pretrain(
             BertForMaskedLM.save_pretrained(model, folder)
             PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer,
-                **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},
+                **{f"{role}_token": token for role, token in special_tokens(tokenizer).items()},
             ).save_pretrained(folder)
             write_json(folder / "pretraining.json", result)
             put_in_place(folder, out)
@@ -140,7 +140,7 @@ class MaskedWords:
     ) -> None:
         self.tokens, self.words = _words(tokenizer, texts)
         self.validation = _words(tokenizer, validation)
-        self.mask = tokenizer.get_vocab()["[MASK]"]
+        self.mask = tokenizer.get_vocab()[special_tokens(tokenizer)["mask"]]
         self.vocabulary = tokenizer.get_vocab_size()
         self.settings = settings
         self.device = device

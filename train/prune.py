@@ -33,7 +33,7 @@ def prune(checkpoint: Path, data: Sequence[Path], text_column: str, out: Path, l
     Returns the sizes before and after, and on the checkpoint's own held-out sample how often both agree.
 
     Raises:
-        InputError: a table or the checkpoint cannot be read, or its tokenizer is no WordPiece.
+        InputError: a table or the checkpoint cannot be read, or its tokenizer is neither WordPiece nor Unigram.
     """
     check_replaceable(out, "training.json")
     labels, model, sample = read_labels(checkpoint), load_model(checkpoint), read_sample(checkpoint)
@@ -68,12 +68,12 @@ def prune_vocabulary(
     """Drop pieces from a model, in place, and from its tokenizer, a file of which is left in `folder`.
 
     Where `least` is 1, each of the texts is encoded in the same pieces as before, and so gets the same logits:
-    WordPiece takes the longest piece that fits, and that one is still there.
+    WordPiece takes the longest piece that fits, Unigram the likeliest ones, and those are still there.
 
     Returns the new encoder, and how many pieces there were and are.
 
     Raises:
-        InputError: the tokenizer is no WordPiece.
+        InputError: the tokenizer is neither WordPiece nor Unigram.
     """
     file = folder / "tokenizer.json"
     encoder.save(file)
@@ -96,11 +96,20 @@ def needed(tokenizer: Tokenizer, texts: Sequence[str], least: int) -> list[int]:
     holds a dropped piece is cut finer and is no [UNK].
 
     Raises:
-        InputError: the tokenizer is no WordPiece.
+        InputError: the tokenizer is neither WordPiece nor Unigram (SentencePiece's, of the multilingual BERTs).
     """
     told = json.loads(tokenizer.to_str())
-    if told["model"]["type"] != "WordPiece":
-        raise InputError(f"a {told['model']['type']} vocabulary cannot be pruned; only WordPiece can")
+    model = told["model"]
+    special = {token["content"] for token in told["added_tokens"]}
+    if model["type"] == "WordPiece":
+        mark = model["continuing_subword_prefix"]
+        special.add(model["unk_token"])
+    elif model["type"] == "Unigram":
+        mark = "▁"  # stands for the space before a word
+        # How unlikely the unknown is follows from the least likely piece.
+        special |= {model["vocab"][model["unk_id"] or 0][0], min(model["vocab"], key=lambda piece: piece[1])[0], mark}
+    else:
+        raise InputError(f"a {model['type']} vocabulary cannot be pruned; only WordPiece and Unigram can")
     whole = Tokenizer.from_str(tokenizer.to_str())
     whole.no_truncation()
     counts: Counter[int] = Counter()
@@ -111,15 +120,10 @@ def needed(tokenizer: Tokenizer, texts: Sequence[str], least: int) -> list[int]:
             counts.update(encoding.ids)
         for text in batch:
             characters.update(whole.normalizer.normalize_str(text) if whole.normalizer else text)
-    prefix = told["model"]["continuing_subword_prefix"]
-    special = {token["content"] for token in told["added_tokens"]} | {told["model"]["unk_token"]}
     return sorted(
         number
         for piece, number in whole.get_vocab().items()
-        if piece in special
-        or counts[number] >= least
-        or piece in characters
-        or piece.removeprefix(prefix) in characters
+        if piece in special or counts[number] >= least or piece in characters or piece.removeprefix(mark) in characters
     )
 
 
@@ -127,7 +131,12 @@ def shrink(tokenizer: Tokenizer, keep: Sequence[int]) -> Tokenizer:
     """Return the tokenizer with the pieces `keep` only, numbered from 0 in their order."""
     new = {old: number for number, old in enumerate(keep)}
     told = json.loads(tokenizer.to_str())
-    told["model"]["vocab"] = {piece: new[number] for piece, number in told["model"]["vocab"].items() if number in new}
+    model = told["model"]
+    if model["type"] == "Unigram":  # a list, where an id is a place
+        model["vocab"] = [model["vocab"][number] for number in keep if number < len(model["vocab"])]
+        model["unk_id"] = new.get(model["unk_id"])
+    else:
+        model["vocab"] = {piece: new[number] for piece, number in model["vocab"].items() if number in new}
     for token in told["added_tokens"]:
         token["id"] = new[token["id"]]
     processor = told["post_processor"] or {}
