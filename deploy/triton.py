@@ -215,6 +215,8 @@ def _installation(home: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts Triton and its environment."""
     # The Python backend embeds the `python3` it finds first: this one, with Aisle and its dependencies.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
+    if shutil.which("bash", path=environment["PATH"]) is None:
+        environment["PATH"] = f"{_bash(home / 'bin')}:{environment['PATH']}"
     if CONTAINER.is_dir():
         return [str(CONTAINER / "bin" / "tritonserver")], environment
     spec = importlib.util.find_spec("pytriton")
@@ -238,6 +240,18 @@ def _installation(home: Path) -> tuple[list[str], dict[str, str]]:
         f"--backend-directory={backend.parent}",
         f"--cache-directory={wheel / 'caches'}",
     ], environment
+
+
+def _bash(folder: Path) -> Path:
+    """Leave in a folder what does for `bash` all that the Python backend wants of it: -c "exec STUB ARGUMENTS"."""
+    folder.mkdir()
+    script = folder / "bash"
+    script.write_text(
+        f"#!{sys.executable} -IS\nimport os, shlex, sys\n"
+        "_, *command = shlex.split(sys.argv[2])\nos.execv(command[0], command)\n"
+    )
+    script.chmod(0o755)
+    return folder
 
 
 def python_library() -> str:

@@ -123,9 +123,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mutual_tls_from_a_read_only_repository(
     repository: Path, pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`aisle serve` as a container runs it: nothing to write to but TMPDIR and /dev/shm; callers need a certificate."""
+    """`aisle serve` as a container runs it: no shell, nothing to write to but TMPDIR and /dev/shm; mutual TLS."""
     grpc, metrics = map(str, free_ports(2))
-    command = [sys.executable, "-m", "aisle", "serve", "--repository", str(repository)]
+    command = ["env", "PATH=/nowhere", sys.executable, "-m", "aisle", "serve", "--repository", str(repository)]
     command += ["--grpc-port", grpc, "--metrics-port", metrics, "--tls-cert", str(pki / "server.pem")]
     command += ["--tls-key", str(pki / "server.key"), "--tls-client-ca", str(pki / "ca.pem")]
     # As root, permissions keep nobody from writing: the repository is mounted read-only, in a namespace of its own.
