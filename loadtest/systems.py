@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tokenizers import Tokenizer
 
 from aisle.client.aio import AsyncClassifier
 from aisle.console import say
@@ -27,6 +28,7 @@ from aisle.deploy.triton import free_ports
 from aisle.errors import InputError, ServerError
 from aisle.loadtest.load import Call
 from aisle.preprocess.table import fingerprint
+from aisle.train.model import special_tokens
 
 HERE = Path(__file__).parent
 OURS = "Aisle"
@@ -220,12 +222,12 @@ def transformers_layout(checkpoint: Path, folder: Path) -> Path:
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     (folder / "config.json").write_text(json.dumps({**config, **names}, ensure_ascii=False), "utf-8")
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    special = special_tokens(Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": truncation.get("max_length", 128),
         "model_input_names": ["input_ids", "attention_mask"],
-        **special,
+        **{f"{role}_token": token for role, token in special.items()},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
     return folder

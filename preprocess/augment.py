@@ -24,7 +24,7 @@ FEWEST = 4  # words or Chinese characters; of fewer, none can be spared
 DELETED = SWAPPED = 0.1  # share of them (alpha in Wei and Zou 2019)
 MASKED = 0.15  # as in BERT
 MISTYPED = 0.05  # share of the characters that have a double
-MASK = "[MASK]"  # what every BERT tokenizer reads as its mask token
+MASK = "[MASK]"  # what WordPiece tokenizers read as their mask token; SentencePiece ones spell it out
 
 with Path(__file__).with_name("lexicon.toml").open("rb") as _file:
     LEXICON: dict[str, list[list[str]]] = {
