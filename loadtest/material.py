@@ -16,11 +16,11 @@ from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess.clean import Table, TextError, prepare
-from aisle.preprocess.encode import Encoder
+from aisle.preprocess.encode import SPECIAL, Encoder
 from aisle.preprocess.table import read_labelled
 from aisle.train.catalogue import generate
 from aisle.train.evaluate import pad
-from aisle.train.model import SPECIAL, label_names
+from aisle.train.model import label_names
 from aisle.train.sample import Sample, write_sample
 
 VOCABULARY = 21128  # of BERT-base-Chinese

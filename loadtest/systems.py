@@ -27,8 +27,8 @@ from aisle.console import say
 from aisle.deploy.triton import free_ports
 from aisle.errors import InputError, ServerError
 from aisle.loadtest.load import Call
+from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.table import fingerprint
-from aisle.train.model import special_tokens
 
 HERE = Path(__file__).parent
 OURS = "Aisle"

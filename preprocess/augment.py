@@ -19,12 +19,12 @@ from typing import Protocol
 
 from aisle.errors import InputError
 from aisle.preprocess.clean import TextError, prepare
+from aisle.preprocess.encode import MASK
 
 FEWEST = 4  # words or Chinese characters; of fewer, none can be spared
 DELETED = SWAPPED = 0.1  # share of them (alpha in Wei and Zou 2019)
 MASKED = 0.15  # as in BERT
 MISTYPED = 0.05  # share of the characters that have a double
-MASK = "[MASK]"  # what WordPiece tokenizers read as their mask token; SentencePiece ones spell it out
 
 with Path(__file__).with_name("lexicon.toml").open("rb") as _file:
     LEXICON: dict[str, list[list[str]]] = {

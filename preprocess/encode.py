@@ -15,6 +15,10 @@ from aisle.errors import InputError
 
 MAX_TOKENS = 128  # of one text, [CLS] and [SEP] included, unless tokenizer.json sets its own truncation
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MULTILINGUAL = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]  # the same, of SentencePiece
+MASK = SPECIAL[-1]  # how augmentation writes a masked word, whatever tokenizer will read it
+
 
 class Encoded(NamedTuple):
     input_ids: npt.NDArray[np.int32]  # [texts, longest], zero beyond each text's end
@@ -54,6 +58,17 @@ class Encoder:
         """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
+    def varied_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts that were varied for training: `MASK` is the tokenizer's own mask token.
+
+        Raises:
+            InputError: a word is masked, and the tokenizer has no mask token.
+        """
+        if any(MASK in text for text in texts):
+            own = special_tokens(self._tokenizer)["mask"]
+            texts = [text.replace(MASK, own) for text in texts]
+        return self.tokens(texts)
+
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]], bool]:
         """Return the token ids, where in the text each token starts and ends, and whether tokens were cut off.
 
@@ -71,3 +86,19 @@ class Encoder:
         input_ids[inside] = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, lengths.sum())
         full = (encoding for encoding, ids in zip(encodings, tokens, strict=True) if len(ids) == self.max_tokens)
         return Encoded(input_ids, lengths, sum(bool(encoding.overflowing) for encoding in full))
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return a tokenizer's special tokens by their roles: as BERT writes them, or as the multilingual BERTs do.
+
+    Raises:
+        InputError: one is missing.
+    """
+    found: dict[str, str] = {}
+    for token, other in zip(SPECIAL, MULTILINGUAL, strict=True):
+        role = token[1:-1].lower()
+        known = [each for each in (token, other) if tokenizer.token_to_id(each) is not None]
+        if not known:
+            raise InputError(f"the tokenizer has no {token}; give a BERT that was pretrained on masked words")
+        found[role] = known[0]
+    return found

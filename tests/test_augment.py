@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pypinyin
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from aisle.errors import InputError
-from aisle.preprocess.augment import DEFAULT, LEXICON, MASK, TECHNIQUES, Augmenter, floor_rows, products, split
+from aisle.preprocess.augment import DEFAULT, LEXICON, TECHNIQUES, Augmenter, floor_rows, products, split
 from aisle.preprocess.clean import clean, clean_rows, prepare
+from aisle.preprocess.encode import MASK, Encoder, special_tokens
 from aisle.preprocess.table import read_labelled
 from aisle.train.ablate import ablate, draw
 from aisle.train.data import is_held_out
@@ -19,6 +22,7 @@ from aisle.train.model import train_tokenizer
 from aisle.train.settings import Settings
 
 from .conftest import aisle
+from .test_pretrain import sentencepiece
 
 TITLES = [
     "红富士苹果 5斤装 新鲜 包邮",
@@ -103,11 +107,22 @@ def test_a_misspelt_word_does_not_become_another_product() -> None:
     assert not any("酒店" in TECHNIQUES["lookalike"]("洒店", random.Random(seed)) for seed in range(200))
 
 
-def test_masks_are_mask_tokens() -> None:
-    changed = TECHNIQUES["mask"]("质量非常不错值得购买", random.Random(0))
-    tokenizer = train_tokenizer(TITLES, 64)
-    assert MASK in changed
-    assert tokenizer.encode(changed).tokens.count(MASK) == changed.count(MASK)
+@pytest.mark.parametrize("learn", [lambda: train_tokenizer(TITLES, 64), lambda: sentencepiece(TITLES)])
+def test_masks_are_the_mask_tokens_of_the_tokenizer(learn: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    tokenizer = learn()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    changed = TECHNIQUES["mask"](TITLES[4], random.Random(0))
+    [tokens] = Encoder(tmp_path / "tokenizer.json").varied_tokens([changed])
+    assert changed.count(MASK) > 0
+    assert tokens.count(tokenizer.token_to_id(special_tokens(tokenizer)["mask"])) == changed.count(MASK)
+
+
+def test_a_tokenizer_without_a_mask_token_cannot_mask_words(tmp_path: Path) -> None:
+    Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(tmp_path / "tokenizer.json")
+    assert encoder.varied_tokens(["苹果"]) == encoder.tokens(["苹果"])
+    with pytest.raises(InputError, match="the tokenizer has no"):
+        encoder.varied_tokens([f"苹果{MASK}"])
 
 
 def test_every_epoch_and_seed_varies_the_texts_anew_and_repeatably() -> None:

@@ -16,13 +16,12 @@ from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.loadtest.frontier import judge
 from aisle.preprocess.clean import Table
-from aisle.preprocess.encode import Encoder
+from aisle.preprocess.encode import MULTILINGUAL, SPECIAL, Encoder
 from aisle.train.checkpoint import load_model, read_labels
 from aisle.train.data import is_held_out, split
 from aisle.train.distil import Apprentice, Distillation, Plan, Teachers, distil, spaced, student_of
 from aisle.train.evaluate import evaluate, logits_of
 from aisle.train.linear import LinearTeacher
-from aisle.train.model import MULTILINGUAL, SPECIAL
 from aisle.train.pretrain import unlabelled
 from aisle.train.processes import processes
 from aisle.train.prune import needed, prune_vocabulary, shrink

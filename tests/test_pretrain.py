@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel
 
 from aisle.errors import InputError
-from aisle.preprocess.encode import Encoder
+from aisle.preprocess.encode import MULTILINGUAL, Encoder
 from aisle.train.checkpoint import load_model
 from aisle.train.data import is_held_out
 from aisle.train.evaluate import logits_of
-from aisle.train.model import MULTILINGUAL, train_tokenizer
+from aisle.train.model import train_tokenizer
 from aisle.train.pretrain import MaskedWords, pretrain, read_texts
 from aisle.train.prune import prune_vocabulary
 from aisle.train.settings import Settings

@@ -8,12 +8,12 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DistilB
 
 from aisle.errors import InputError
 from aisle.preprocess.clean import Table
-from aisle.preprocess.encode import Encoder
+from aisle.preprocess.encode import SPECIAL, Encoder
 from aisle.train.checkpoint import checkpoint_fingerprint, load_model, read_labels
 from aisle.train.data import folds, is_held_out, is_validation, split
 from aisle.train.evaluate import evaluate
 from aisle.train.fit import like_lengths
-from aisle.train.model import SPECIAL, train_tokenizer
+from aisle.train.model import train_tokenizer
 from aisle.train.train import Settings, train
 
 

@@ -269,7 +269,7 @@ class Teachers:
         """
         shares = []
         for model, encoder, order in zip(self.models, self.encoders, self.order, strict=True):
-            logits = torch.from_numpy(logits_of(model, encoder.tokens(texts), "asking a teacher"))
+            logits = torch.from_numpy(logits_of(model, encoder.varied_tokens(texts), "asking a teacher"))
             shares.append((logits[:, order] / temperature).softmax(dim=1))
         mean = torch.stack(shares).mean(dim=0)
         if self.linear is None:

@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from aisle.errors import InputError
+from aisle.preprocess.encode import SPECIAL
 from aisle.train.checkpoint import read_labels
 from aisle.train.settings import Settings
 
@@ -20,8 +21,6 @@ VOCABULARY = 12000
 RAREST = 10  # times, or in small tables once for every so many texts:
 TEXTS = 2000
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-MULTILINGUAL = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]  # the same, of SentencePiece
 
 
 def from_scratch(texts: Sequence[str], labels: Sequence[str], settings: Settings) -> tuple[Any, Tokenizer]:
@@ -151,22 +150,6 @@ def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **m
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return model, tokenizer
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return a tokenizer's special tokens by their roles: as BERT writes them, or as the multilingual BERTs do.
-
-    Raises:
-        InputError: one is missing.
-    """
-    found: dict[str, str] = {}
-    for token, other in zip(SPECIAL, MULTILINGUAL, strict=True):
-        role = token[1:-1].lower()
-        known = [each for each in (token, other) if tokenizer.token_to_id(each) is not None]
-        if not known:
-            raise InputError(f"the tokenizer has no {token}; give a BERT that was pretrained on masked words")
-        found[role] = known[0]
-    return found
 
 
 def label_names(labels: Sequence[str]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess.clean import TextError, content_key, prepare
+from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.table import column, fingerprint, read_rows
 from aisle.train.data import is_held_out, is_validation
 from aisle.train.evaluate import pad
 from aisle.train.fit import Hooks, Scalars, fit, like_lengths
-from aisle.train.model import load_bert, small_bert, special_tokens, train_tokenizer
+from aisle.train.model import load_bert, small_bert, train_tokenizer
 from aisle.train.processes import processes
 from aisle.train.resume import STATE, check_replaceable, identity, put_in_place, working_folder
 from aisle.train.settings import Settings

@@ -173,7 +173,7 @@ class Classification:
     def epoch(self, number: int) -> list[list[int]]:
         if self.augmenter:
             self.shown = self.augmenter.texts(self.texts, number)
-            self.tokens = self.encoder.tokens(self.shown)
+            self.tokens = self.encoder.varied_tokens(self.shown)
         shuffler = random.Random(f"{self.settings.seed} {number}")
         return list(like_lengths(self.tokens, self.settings.batch_size, shuffler))
 
