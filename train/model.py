@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceC
 from aisle.errors import InputError
 from aisle.preprocess.encode import SPECIAL
 from aisle.train.checkpoint import read_labels
+from aisle.train.embed import embed
 from aisle.train.settings import Settings
 
 VOCABULARY = 12000
@@ -24,13 +25,15 @@ HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
 
 def from_scratch(texts: Sequence[str], labels: Sequence[str], settings: Settings) -> tuple[Any, Tokenizer]:
-    """Return a BERT with random weights, and a WordPiece tokenizer learnt from the texts.
+    """Return a BERT with random weights but for its word embeddings, and a WordPiece tokenizer learnt from the texts.
 
     Raises:
         InputError: the hidden size cannot be divided into attention heads.
     """
     tokenizer = train_tokenizer(texts, settings.max_tokens)
-    return BertForSequenceClassification(small_bert(tokenizer, settings, **label_names(labels))), tokenizer
+    model = BertForSequenceClassification(small_bert(tokenizer, settings, **label_names(labels)))
+    embed(model, tokenizer, texts)
+    return model, tokenizer
 
 
 def small_bert(tokenizer: Tokenizer, settings: Settings, **more: Any) -> BertConfig:

@@ -21,6 +21,7 @@ from aisle.preprocess.clean import TextError, content_key, prepare
 from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.table import column, fingerprint, read_rows
 from aisle.train.data import is_held_out, is_validation
+from aisle.train.embed import embed
 from aisle.train.evaluate import pad
 from aisle.train.fit import Hooks, Scalars, fit, like_lengths
 from aisle.train.model import load_bert, small_bert, train_tokenizer
@@ -61,6 +62,7 @@ def pretrain(
         if settings.from_scratch:
             tokenizer = train_tokenizer(texts, settings.max_tokens)
             model: Any = MaskedBert(small_bert(tokenizer, settings))
+            embed(model, tokenizer, texts)
         else:
             model, tokenizer = load_bert(MaskedBert, settings.model, settings.max_tokens, settings.dropout)
         task = MaskedWords(tokenizer, texts, validation, settings, team.device)

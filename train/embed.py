@@ -1,0 +1,73 @@
+"""Word embeddings to start from: counted, before anything is learnt, from which pieces stand near each other.
+
+Positive pointwise mutual information, factorized, is what word2vec comes to (Levy and Goldberg 2014, "Neural Word
+Embedding as Implicit Matrix Factorization"). The settings are those that Levy, Goldberg and Dagan 2015 advise
+("Improving Distributional Similarity with Lessons Learned from Word Embeddings"): contexts smoothed by the power of
+0.75, singular values by the square root; nearer neighbours count more, as in GloVe (Pennington et al. 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sparse
+import torch
+from sklearn.utils.extmath import randomized_svd
+from tokenizers import Tokenizer
+
+WINDOW = 5  # tokens to each side
+SMOOTHING = 0.75
+CHUNK = 10_000  # texts counted at once, which bounds the memory
+
+
+def embed(model: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Put counted embeddings into a new BERT; pieces without neighbours, as the special tokens, keep random ones."""
+    words = model.get_input_embeddings().weight
+    vectors = cooccurrence_vectors(tokenizer, texts, words.shape[1])
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    known = norms[:, 0] > 1e-6
+    # As long as BERT's random ones, beside which positions are added.
+    length = model.config.initializer_range * words.shape[1] ** 0.5
+    with torch.no_grad():
+        words[torch.from_numpy(known)] = torch.from_numpy(vectors[known] / norms[known] * length).to(words)
+
+
+def cooccurrence_vectors(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> npt.NDArray[np.float64]:
+    """Return vectors [vocabulary, size] whose products approximate the pieces' mutual information."""
+    information = mutual_information(count_neighbours(tokenizer, texts))
+    rank = min(size, information.shape[0] - 1)
+    left, singular, _ = randomized_svd(information, rank, n_iter=4, random_state=0)
+    # Turned at random, for dropout and the heads to find as much in one dimension as in another.
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
+    vectors: npt.NDArray[np.float64] = left * np.sqrt(singular) @ turn[:rank]
+    return vectors
+
+
+def count_neighbours(tokenizer: Tokenizer, texts: Sequence[str]) -> sparse.csr_array:
+    """Return how often pieces stand beside each other, [vocabulary, vocabulary]; at a distance of n, 1/n times."""
+    vocabulary = tokenizer.get_vocab_size()
+    counts = sparse.csr_array((vocabulary, vocabulary), dtype=np.float64)
+    for start in range(0, len(texts), CHUNK):
+        encodings = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
+        tokens = np.concatenate([np.array(each.ids, np.int64) for each in encodings])
+        text = np.repeat(np.arange(len(encodings)), [len(each.ids) for each in encodings])
+        for distance in range(1, WINDOW + 1):
+            together = text[:-distance] == text[distance:]
+            pair = (tokens[:-distance][together], tokens[distance:][together])
+            seen = sparse.coo_array((np.full(len(pair[0]), 1 / distance), pair), shape=counts.shape)
+            counts = counts + seen.tocsr()
+    return (counts + counts.T).tocsr()
+
+
+def mutual_information(counts: sparse.csr_array) -> sparse.csr_array:
+    """Return log(P(piece, context) / (P(piece) P(context))) where it is positive, else 0."""
+    pairs = counts.tocoo()
+    pieces = np.asarray(counts.sum(axis=1)).ravel()
+    contexts = pieces**SMOOTHING
+    row, column = pairs.coords
+    values = np.log(pairs.data * contexts.sum() / (pieces[row] * contexts[column]))
+    positive = values > 0
+    return sparse.csr_array((values[positive], (row[positive], column[positive])), shape=counts.shape)
