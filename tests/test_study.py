@@ -13,7 +13,9 @@ STEPS = {BASELINE, "from scratch", "with augmentation", "pretrained", "distilled
 
 def test_a_study_takes_every_step_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
-    rows = [{"text": f"{'新鲜苹果 斤' if i % 2 else '防摔手机壳 款'}{i}", "category": "ab"[i % 2]} for i in range(800)]
+    rows = [
+        {"text": f"{'新鲜苹果 斤' if i % 2 else '防摔手机壳 款'}{i // 2}", "category": "ab"[i % 2]} for i in range(800)
+    ]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(epochs: int = 6) -> dict[str, Any]:

@@ -18,6 +18,8 @@ import torch
 from sklearn.utils.extmath import randomized_svd
 from tokenizers import Tokenizer
 
+from aisle.console import track
+
 WINDOW = 5  # tokens to each side
 SMOOTHING = 0.75
 CHUNK = 10_000  # texts counted at once, which bounds the memory
@@ -27,16 +29,15 @@ LENGTH = 1.0  # of a vector: three times BERT's random ones, so that training mo
 def embed(model: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Put counted embeddings into a new BERT; pieces without neighbours, as the special tokens, keep random ones."""
     words = model.get_input_embeddings().weight
-    vectors = cooccurrence_vectors(tokenizer, texts, words.shape[1])
+    vectors = factorize(mutual_information(count_neighbours(tokenizer, texts)), words.shape[1])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     known = norms[:, 0] > 1e-6
     with torch.no_grad():
         words[torch.from_numpy(known)] = torch.from_numpy(vectors[known] / norms[known] * LENGTH).to(words)
 
 
-def cooccurrence_vectors(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> npt.NDArray[np.float64]:
+def factorize(information: sparse.csr_array, size: int) -> npt.NDArray[np.float64]:
     """Return vectors [vocabulary, size] whose products approximate the pieces' mutual information."""
-    information = mutual_information(count_neighbours(tokenizer, texts))
     rank = min(size, information.shape[0] - 1)
     left, singular, _ = randomized_svd(information, rank, n_iter=4, random_state=0)
     # Turned at random, for dropout and the heads to find as much in one dimension as in another.
@@ -49,7 +50,7 @@ def count_neighbours(tokenizer: Tokenizer, texts: Sequence[str]) -> sparse.csr_a
     """Return how often pieces stand beside each other, [vocabulary, vocabulary]; at a distance of n, 1/n times."""
     vocabulary = tokenizer.get_vocab_size()
     counts = sparse.csr_array((vocabulary, vocabulary), dtype=np.float64)
-    for start in range(0, len(texts), CHUNK):
+    for start in track(range(0, len(texts), CHUNK), "counting neighbours"):
         encodings = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
         tokens = np.concatenate([np.array(each.ids, np.int64) for each in encodings])
         text = np.repeat(np.arange(len(encodings)), [len(each.ids) for each in encodings])
