@@ -218,18 +218,17 @@ def transformers_layout(checkpoint: Path, folder: Path) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to((checkpoint / name).resolve())
     labels = json.loads((checkpoint / "labels.json").read_text("utf-8"))
-    truncation = json.loads((checkpoint / "tokenizer.json").read_text("utf-8"))["truncation"] or {}
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     (folder / "config.json").write_text(json.dumps({**config, **names}, ensure_ascii=False), "utf-8")
-    special = special_tokens(Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
-    tokenizer = {
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    told = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": truncation.get("max_length", 128),
+        "model_max_length": (tokenizer.truncation or {}).get("max_length", 128),
         "model_input_names": ["input_ids", "attention_mask"],
-        **{f"{role}_token": token for role, token in special.items()},
+        **{f"{role}_token": token for role, token in special_tokens(tokenizer).items()},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(told), "utf-8")
     return folder
 
 

@@ -30,7 +30,7 @@ def tokenizer(texts: list[str]) -> Tokenizer:
     return train_tokenizer(texts, 32)
 
 
-def test_neighbours_count_by_their_distance_and_not_across_texts(texts: list[str], tokenizer: Tokenizer) -> None:
+def test_neighbours_count_by_their_distance_and_not_across_texts(tokenizer: Tokenizer) -> None:
     counts = count_neighbours(tokenizer, ["sweet ripe apple", "fast"])
     number = {word: tokenizer.token_to_id(word) for word in ("sweet", "ripe", "apple", "fast")}
     assert counts[number["sweet"], number["ripe"]] == counts[number["ripe"], number["sweet"]] == 1

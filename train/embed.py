@@ -54,11 +54,13 @@ def count_neighbours(tokenizer: Tokenizer, texts: Sequence[str]) -> sparse.csr_a
         encodings = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
         tokens = np.concatenate([np.array(each.ids, np.int64) for each in encodings])
         text = np.repeat(np.arange(len(encodings)), [len(each.ids) for each in encodings])
+        near = sparse.csr_array(counts.shape)
         for distance in range(1, WINDOW + 1):
             together = text[:-distance] == text[distance:]
             pair = (tokens[:-distance][together], tokens[distance:][together])
             seen = sparse.coo_array((np.full(len(pair[0]), 1 / distance), pair), shape=counts.shape)
-            counts = counts + seen.tocsr()
+            near = near + seen.tocsr()
+        counts = counts + near  # once a chunk: all that was counted is copied
     return (counts + counts.T).tocsr()
 
 

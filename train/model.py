@@ -25,13 +25,18 @@ HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
 
 def from_scratch(texts: Sequence[str], labels: Sequence[str], settings: Settings) -> tuple[Any, Tokenizer]:
+    """Return a new classifier and its tokenizer, as `new_bert` does."""
+    return new_bert(BertForSequenceClassification, texts, settings, **label_names(labels))
+
+
+def new_bert(architecture: Any, texts: Sequence[str], settings: Settings, **more: Any) -> tuple[Any, Tokenizer]:
     """Return a BERT with random weights but for its word embeddings, and a WordPiece tokenizer learnt from the texts.
 
     Raises:
         InputError: the hidden size cannot be divided into attention heads.
     """
     tokenizer = train_tokenizer(texts, settings.max_tokens)
-    model = BertForSequenceClassification(small_bert(tokenizer, settings, **label_names(labels)))
+    model = architecture(small_bert(tokenizer, settings, **more))
     embed(model, tokenizer, texts)
     return model, tokenizer
 

@@ -21,10 +21,9 @@ from aisle.preprocess.clean import TextError, content_key, prepare
 from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.table import column, fingerprint, read_rows
 from aisle.train.data import is_held_out, is_validation
-from aisle.train.embed import embed
 from aisle.train.evaluate import pad
 from aisle.train.fit import Hooks, Scalars, fit, like_lengths
-from aisle.train.model import load_bert, small_bert, train_tokenizer
+from aisle.train.model import load_bert, new_bert
 from aisle.train.processes import processes
 from aisle.train.resume import STATE, check_replaceable, identity, put_in_place, working_folder
 from aisle.train.settings import Settings
@@ -60,9 +59,7 @@ def pretrain(
         say(f"{len(texts)} texts, {len(validation)} to validate")
         torch.manual_seed(settings.seed)
         if settings.from_scratch:
-            tokenizer = train_tokenizer(texts, settings.max_tokens)
-            model: Any = MaskedBert(small_bert(tokenizer, settings))
-            embed(model, tokenizer, texts)
+            model, tokenizer = new_bert(MaskedBert, texts, settings)
         else:
             model, tokenizer = load_bert(MaskedBert, settings.model, settings.max_tokens, settings.dropout)
         task = MaskedWords(tokenizer, texts, validation, settings, team.device)
