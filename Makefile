@@ -1,33 +1,45 @@
-# Each target is one line over the `aisle` command; `make demo` and `make test` set up what they need.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Each target runs one `aisle` command. `make demo` and `make test` first install what they need.
+PYTHON ?= $(shell for each in .venv/bin/python python3.11 python3.12 python3; do $$each -c '' 2>/dev/null && echo $$each && break; done)
+TORCH_INDEX ?= # the package index for PyTorch
+LIBPYTHON ?= # "install": install a missing libpython with apt-get
+ENVIRONMENT = $(PYTHON) deploy/server/environment.py
+ENVIRONMENT_OPTIONS = $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(if $(filter install,$(LIBPYTHON)),--install-libpython)
 BIN := .venv/bin
 AISLE := $(BIN)/aisle
 CHECKPOINT ?= work/checkpoint
-MODEL ?= $(CHECKPOINT)
 URL ?= localhost:8001
 
-.PHONY: demo test lint train evaluate engine compare serve classify loadtest bench drift clean
+.PHONY: python demo test lint docs picture train evaluate engine compare serve classify loadtest bench drift clean clean-all
 
-demo: .venv/ready ## the whole way on the synthetic sample, nothing left running
-	$(AISLE) demo
+python: # first check whether this Python is suitable
+	@$(ENVIRONMENT) demo --check
 
-test: lint ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+demo: python .venv/demo ## [ROWS=16000]: the whole pipeline on the synthetic sample; leaves nothing running
+	$(AISLE) demo $(if $(ROWS),--rows $(ROWS))
+
+test: lint .venv-learn/ready ## the whole test suite; three workers for two cores, because many tests wait for servers
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-train: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
-	$(AISLE) train --data $(DATA) -o $(CHECKPOINT)
+docs: .venv/ready ## the manual as a site, docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+picture: .venv/ready ## make the README's picture from a new run of the demo
+	$(AISLE) demo --json | $(BIN)/python docs/picture.py docs/_static/demo.svg
+
+train: .venv/ready ## DATA=FILE [CHECKPOINT=DIR] [OPTIONS=--overwrite]
+	$(AISLE) train $(DATA) -o $(CHECKPOINT) $(OPTIONS)
 
 evaluate: .venv/ready ## DATA=FILE [CHECKPOINT=DIR]
 	$(AISLE) evaluate $(CHECKPOINT) $(DATA)
 
-engine: .venv/ready ## [MODEL=DIR] [PRECISION=int8] [TARGET=openvino]
-	$(AISLE) build $(MODEL) $(if $(PRECISION),--precision $(PRECISION)) $(if $(TARGET),--target $(TARGET))
+engine: .venv/ready ## [CHECKPOINT=DIR] [PRECISION=int8] [TARGET=openvino]
+	$(AISLE) build $(CHECKPOINT) $(if $(PRECISION),--precision $(PRECISION)) $(if $(TARGET),--target $(TARGET))
 
-compare: .venv/ready ## [MODEL=DIR]: every engine of it, build/report.html
-	$(AISLE) compare $(MODEL)
+compare: .venv/ready ## [CHECKPOINT=DIR]: compare all its engines, in build/report.html
+	$(AISLE) compare $(CHECKPOINT)
 
 serve: .venv/ready
 	$(AISLE) serve
@@ -38,17 +50,34 @@ classify: .venv/ready ## FILE=FILE OUT=FILE [URL=HOST:PORT]
 loadtest: .venv/ready ## [URL=HOST:PORT] DATA=FILE [OPTIONS="--zipf 1 --workers 2 --web"]
 	$(AISLE) loadtest $(DATA) --url $(URL) $(OPTIONS)
 
-bench: .venv/ready ## [DATA=FILE] [MODEL=DIR] [OPTIONS=--tune]: side by side with others, loadtest/report/bench.html
-	$(AISLE) bench $(if $(DATA),--data $(DATA)) $(if $(filter command line,$(origin MODEL)),--model $(MODEL)) $(OPTIONS)
+bench: .venv/ready ## [DATA=FILE] [CHECKPOINT=DIR] [OPTIONS=--tune]: compare with other servers, in loadtest/report/bench.html
+	$(AISLE) bench $(if $(DATA),--texts $(DATA)) $(if $(filter command line,$(origin CHECKPOINT)),--checkpoint $(CHECKPOINT)) $(OPTIONS)
 
-drift: .venv/ready ## LOG=FILE [CHECKPOINT=DIR]: whether to retrain
+drift: .venv/ready ## LOG=FILE [CHECKPOINT=DIR]: check whether to retrain
 	$(AISLE) drift $(CHECKPOINT) $(LOG)
 
-clean:
+clean: ## remove files that are quick to make again; keep checkpoints and built versions
+	rm -rf work/sample* work/.sample* work/triton.log work/bench work/peers
+	rm -rf build/report.html build/report.json loadtest/report docs/_build
+	@echo "kept: work/checkpoint and the versions in model_repository; make clean-all removes these too"
+
+clean-all: clean ## remove everything that was made; asks first
+	@printf "Delete work/ with its checkpoints and all built versions? Type yes: "; read answer && [ "$$answer" = yes ]
 	rm -rf work model_repository/*/[0-9]*
 
+# Packages for the demo, and for the tests as well; both show what they download.
+.venv/demo: pyproject.toml
+	$(ENVIRONMENT) demo $(ENVIRONMENT_OPTIONS)
+	touch $@
+
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --progress-bar=on --editable '.[dev]'
-	deploy/libpython.sh $(BIN)/python
+	$(ENVIRONMENT) dev $(ENVIRONMENT_OPTIONS)
+	touch .venv/demo $@
+
+# The learning half alone, without Triton's wheel, which needs numpy < 2. tests/test_learn_alone.py runs in it.
+.venv-learn/ready: .venv/ready
+	$(BIN)/python -m venv .venv-learn
+	.venv-learn/bin/pip install --quiet --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		"torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')" \
+		--editable '.[augment,clean,explain,parquet,search]'
 	touch $@

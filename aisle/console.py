@@ -1,10 +1,20 @@
-"""What people see: progress and messages on stderr, so that stdout stays free for results."""
+"""Terminal output: progress and messages go to stderr, results to stdout.
+
+Names, texts and labels are printed literally: they are not parsed as markup, and control characters are escaped.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import select
+import shlex
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,20 +25,88 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
+
+from aisle.errors import OutputClosed, ServerError
 
 T = TypeVar("T")
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+
+
+@contextmanager
+def detect_closed_output() -> Iterator[None]:
+    """Distinguish a closed stdout or stderr from other broken connections.
+
+    Raises:
+        OutputClosed: the reader of the output has closed it.
+        ServerError: another connection broke.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            raise OutputClosed from None
+        raise ServerError("a connection broke; run the command again") from None
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # `aisle.failures` handles it; rich would exit with 1
+
+
+stderr = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+stdout = _Console(highlight=False, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
-    stderr.print(message, markup=False, soft_wrap=True)
+    """Print a message on stderr."""
+    stderr.print(printable(message), soft_wrap=True)
+
+
+@lru_cache(maxsize=100)
+def say_once(message: str) -> None:
+    """Print a message on stderr, but only once: a command reads a table several times."""
+    say(message)
+
+
+def show(message: str) -> None:
+    """Print a line of the result on stdout."""
+    stdout.print(printable(message), soft_wrap=True)
+
+
+def say_next(done: str, *command: object) -> None:
+    """Print what is done and the next command, quoted for a shell."""
+    say(f"{done}; next: {shlex.join(map(str, command))}" if command else done)
+
+
+def printable(value: object) -> str:
+    """Return a value as text in which control characters other than line feeds are escapes, such as \\x1b."""
+    return "".join(
+        repr(char)[1:-1] if unicodedata.category(char) in ("Cc", "Cs") and char != "\n" else char for char in str(value)
+    )
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """Return a table that folds its cells, and does not cut them, if the terminal is too narrow."""
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(printable(name), overflow="fold")
+    return table
+
+
+def cell(value: object) -> Text:
+    """Return one cell: a dash for None, floats to four significant digits, other values literally."""
+    shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(value)
+    return Text(shown, justify="right" if isinstance(value, (int, float)) else "left")
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` under a progress bar."""
+    """Yield `items` and show a progress bar."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -39,4 +117,16 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on one line; if stdout is not UTF-8, in ASCII, which every encoding can hold."""
+    in_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not in_utf8, allow_nan=False))
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr accept every character: one that the encoding lacks becomes an escape."""
+    for name in ("stdout", "stderr"):
+        stream: TextIO | None = getattr(sys, name)
+        if stream is None:  # the parent process closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

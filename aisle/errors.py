@@ -1,9 +1,17 @@
-"""The errors a user can mend. The command line prints each as one line on stderr."""
+"""The errors that a user can correct. The command line prints each as one line on stderr."""
 
 
 class InputError(ValueError):
-    """What was handed in cannot be used; the message says what to change. Exit code 2."""
+    """The input cannot be used; the message says what to change. Exit code 2."""
 
 
 class ServerError(RuntimeError):
     """The server could not be started or reached, or failed. Exit code 1."""
+
+
+class OutputClosed(Exception):
+    """The reader of the output, such as `head`, closed it. Exit code 141, without a message."""
+
+
+class Stopped(Exception):
+    """Ctrl-C stopped the command; the message says whether it can resume. Exit code 130."""

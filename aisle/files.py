@@ -1,4 +1,4 @@
-"""Files written whole or not at all: beside their place, then renamed."""
+"""Write files atomically: to a temporary name in the same folder, then rename."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,49 +1,74 @@
-"""Build: a checkpoint to a verified engine, and the engine into the next version of a model repository."""
+"""Build an engine from a checkpoint, verify it, and add it to a model repository as its next version."""
 
 from __future__ import annotations
 
 import bisect
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from aisle.build import quantize, tensorrt
-from aisle.build.engine import PRECISIONS, Engine, EngineSpec, best_target, check_target, load_engine, openvino_runner
+import torch
+
+from aisle.build import compile_tensorrt, cuda_version, fp8, quantize
+from aisle.build.adopt import checkpoint_of
+from aisle.build.cuda_device import check_precision, find_device, gpu_problem
+from aisle.build.cuda_runner import CudaRunner
+from aisle.build.cuda_runtime import gpu_name
+from aisle.build.engine import (
+    PRECISIONS,
+    Engine,
+    EngineSpec,
+    PackedRunner,
+    best_target,
+    check_target,
+    load_engine,
+    openvino_runner,
+)
 from aisle.build.export import DTYPES, export
-from aisle.build.gate import GATES, Gate, GateError, accuracy, predict
+from aisle.build.gate import GATES, Gate, GateError, accuracy, check_finite, predict
 from aisle.build.graph import PackedBert
-from aisle.build.material import Material, Table
-from aisle.build.repository import new_version, versions
+from aisle.build.inputs import BuildInputs, DataSource, TextSource
+from aisle.build.openvino_graph import to_openvino
+from aisle.build.recipe import recipe
+from aisle.build.repository import check_version, new_version, read_report, versions
+from aisle.build.varlen import Shape, VarlenBert, copy_weights
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
-from aisle.preprocess.encode import Encoder
-from aisle.preprocess.table import fingerprint
-from aisle.train.checkpoint import checkpoint_fingerprint, read_labels
+from aisle.preprocess import fast
+from aisle.preprocess.tables.table import fingerprint
+from aisle.train.core import decisions, sample
+from aisle.train.core.checkpoint import Checkpoint
 
 
 def build(
-    checkpoint: Path,
+    source: Path,
     repository: Path,
     target: str | None = None,
     precision: str | None = None,
     *,
-    data: Table | None = None,
+    data: DataSource | None = None,
+    held_out: TextSource | None = None,
     max_tokens: int | None = None,
     gate: Gate | None = None,
-    options: tensorrt.Options | None = None,
+    options: compile_tensorrt.CompilerOptions | None = None,
 ) -> dict[str, Any]:
-    """Compile a checkpoint into the next version of a model repository; by default for what this machine has, in INT8.
+    """Compile a checkpoint into the next version of a model repository.
 
-    A repository whose latest version was built from the same checkpoint in the same way stays as it is.
+    The default target depends on this machine: fp16 on a GPU, INT8 on a CPU.
+
+    If the latest version has the same recipe, gate included, nothing is built.
 
     Args:
-        data: labelled texts to calibrate and check with, in place of the sample that the checkpoint carries.
-        max_tokens: of a text; the checkpoint's own limit by default.
-        gate: what is asked of the engine, in place of its precision's `GATES`.
+        source: a folder that `aisle train` made, or another fine-tuned BertForSequenceClassification: a folder, or the
+            name of one on the Hugging Face hub.
+        data: labelled texts to calibrate and check with, instead of the checkpoint's own sample.
+        held_out: texts to check with, instead of those of the sample or `data`.
+        max_tokens: texts are truncated to this number of tokens; by default the checkpoint's own limit.
+        gate: thresholds for the engine, instead of those of its precision in `GATES`.
 
     Raises:
         InputError: the checkpoint cannot be compiled, or the repository cannot be written.
@@ -53,120 +78,227 @@ def build(
     target = target or best_target()
     precision = precision or PRECISIONS.get(target, ("",))[0]
     check_target(target, precision)
-    labels = read_labels(checkpoint)
-    length = Encoder(checkpoint / "tokenizer.json", max_tokens).max_tokens
-    spec = EngineSpec(target, precision, length, len(labels), checkpoint_fingerprint(checkpoint))
-    built = versions(repository)
-    if built and _request(repository / "encoder" / str(built[-1])) == spec:
-        say(f"version {built[-1]} is this very engine; nothing to do")
-        return _result(built[-1], spec, reused=True)
-
-    material = Material(checkpoint, max_tokens, data)
-    asked = gate or GATES[precision]
-    with new_version(repository) as (number, folders):
-        _check_room(checkpoint, repository)
-        row = make(material, spec, folders["encoder"], asked, options or tensorrt.Options())
-        if not asked.passes(row):
-            raise GateError(f"the {precision} engine does not answer as {checkpoint} does", {**row, **_asked(asked)})
-        result = {
-            **_result(number, spec, reused=False),
-            **row,
-            "gate": {**_asked(asked), "loosened": asked != GATES[precision]},
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        write_json(folders["encoder"] / "report.json", result)
-        material.encoder.save(folders["tokenizer"] / "tokenizer.json")
-        shutil.copyfile(checkpoint / "labels.json", folders["labeler"] / "labels.json")
+    if target in compile_tensorrt.MODULES:
+        compile_tensorrt.load_module(target)  # a missing compiler is reported before the work
+    gate, options = gate or GATES[precision], options or compile_tensorrt.CompilerOptions()
+    with checkpoint_of(source) as checkpoint:
+        loaded = Checkpoint(checkpoint, max_tokens)
+        spec = EngineSpec(target, precision, loaded.tokenizer.max_tokens, len(loaded.labels), loaded.fingerprint)
+        texts, columns = _tables(checkpoint, data, held_out)
+        made_with = recipe(spec, gate, [*texts, checkpoint / decisions.FILE], columns, options)
+        if (number := _built_before(repository, made_with)) is not None:
+            say(f"version {number} is this same engine; nothing to do")
+            return _result(number, spec, reused=True)
+        inputs = BuildInputs(checkpoint, max_tokens, data, held_out)
+        with new_version(repository) as (number, folders):
+            _check_disk_space(checkpoint, repository)
+            row = build_engine(inputs, spec, folders["encoder"], gate, options)
+            if not gate.passes(row):
+                raise _gate_error(row, gate, f"the {precision} engine does not agree with {source}")
+            result = {
+                **_result(number, spec, reused=False),
+                **row,
+                "gate": {**_thresholds(gate), "loosened": gate.is_looser_than(GATES[precision])},
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            write_json(folders["encoder"] / "report.json", {**result, "recipe": made_with})
+            _write_text_files(inputs, checkpoint, folders)
     return result
 
 
-def make(material: Material, spec: EngineSpec, folder: Path, gate: Gate, options: tensorrt.Options) -> dict[str, Any]:
-    """Compile one engine into a folder and hold it against PyTorch on the held-out texts.
+def _tables(checkpoint: Path, data: DataSource | None, held_out: TextSource | None) -> tuple[list[Path], list[str]]:
+    """Return the files to calibrate and check with, and the names of their columns."""
+    paths = [data.path if data else checkpoint / sample.FILE, *([held_out.path] if held_out else [])]
+    columns = [*astuple(data)[1:]] if data else []
+    return paths, [*columns, *([held_out.text_column] if held_out else [])]
 
-    In INT8, where all layers quantized do not pass the gate, the fewest that make it pass stay in fp16, the most
-    sensitive first. Returns what was measured; the caller judges it.
+
+def _write_text_files(inputs: BuildInputs, checkpoint: Path, folders: dict[str, Path]) -> None:
+    """Write what turns texts into tokens, and logits into categories and decisions."""
+    inputs.tokenizer.save(folders["tokenizer"] / "tokenizer.json")
+    write_json(folders["tokenizer"] / fast.DECISION, inputs.tokenizer.decide_fast(inputs.texts))
+    shutil.copyfile(checkpoint / "labels.json", folders["encoder"] / "labels.json")
+    if inputs.checkpoint.decisions:
+        inputs.checkpoint.decisions.save(folders["encoder"])
+
+
+def _gate_error(row: dict[str, Any], gate: Gate, message: str) -> GateError:
+    """Return the error for an engine that failed its gate."""
+    if count := row["not_finite"]:
+        message += f": it gives no finite logits for {count} of {row['held_out_texts']} texts"
+    return GateError(message, {**row, **_thresholds(gate)})
+
+
+def _built_before(repository: Path, made_with: dict[str, Any]) -> int | None:
+    """Return the latest version if it has this recipe and its files are unchanged."""
+    built = versions(repository)
+    if not built:
+        return None
+    try:
+        check_version(repository, built[-1])
+        same = read_report(repository, built[-1]).get("recipe") == made_with
+    except InputError as error:
+        say(f"{error}")
+        return None
+    return built[-1] if same else None
+
+
+def build_engine(
+    inputs: BuildInputs, spec: EngineSpec, folder: Path, gate: Gate, options: compile_tensorrt.CompilerOptions
+) -> dict[str, Any]:
+    """Compile one engine into a folder and compare it with PyTorch on the held-out texts.
+
+    If the fully quantized INT8 or FP8 model fails the gate, its most sensitive layers stay in fp16: the smallest number
+    that passes. Returns the measurements; the caller applies the gate.
     """
+    _ = inputs.held_out  # fail first if the checkpoint's own logits are not finite
+    if spec.target == "cuda":
+        return _build_cuda_engine(inputs, spec, folder, gate)
     if spec.precision != "int8":
-        return _compiled(material, PackedBert(material.model, DTYPES[spec.precision]), spec, folder, options)
-    ranges, losses = material.ranges
+        return _build_from_onnx(inputs, PackedBert(inputs.model, DTYPES[spec.precision]), spec, folder, options)
+    ranges, losses = inputs.ranges
 
     def attempt(skip: Sequence[str]) -> dict[str, Any]:
-        graph = quantize.quantized(PackedBert(material.model, DTYPES["int8"]), ranges, skip)
-        row = _compiled(material, graph, spec, folder, options)
+        graph = quantize.quantized(PackedBert(inputs.model, DTYPES["int8"]), ranges, skip)
+        row = _build_from_onnx(inputs, graph, spec, folder, options)
         return {**row, "calibration": losses, "layers_in_fp16": list(skip)}
 
     row = attempt([])
     if gate.passes(row):
         return row
-    say(f"agreement {row['agreement']:.2%}, macro-F1 loss {row['f1_loss']:.2%}: some layers must stay in fp16")
-    ranking = quantize.sensitivity(material.model, ranges, material.validation)
-    names = [name for name, _ in ranking]
-    # The search goes by halves; where even sparing all but one is not enough, all are spared.
-    fewest = 1 + bisect.bisect_left(range(1, len(names)), True, key=lambda count: gate.passes(attempt(names[:count])))
-    return {**attempt(names[:fewest]), "sensitivity": dict(ranking)}
+    return _keep_layers_in_fp16(row, attempt, quantize.sensitivity(inputs.model, ranges, inputs.validation), gate)
 
 
-def _compiled(
-    material: Material, graph: PackedBert, spec: EngineSpec, folder: Path, options: tensorrt.Options
+def _keep_layers_in_fp16(
+    row: dict[str, Any],
+    attempt: Callable[[Sequence[str]], dict[str, Any]],
+    ranking: Sequence[tuple[str, float]],
+    gate: Gate,
 ) -> dict[str, Any]:
-    """Export, compile, load and check one graph; the engine's files and engine.json are left in `folder`."""
+    """Keep the smallest number of layers in fp16 that passes the gate, the most sensitive first.
+
+    Mostly few layers are enough, so 1, 2, 4, … layers are tried, and then the numbers between the last two. If all
+    layers but one are not enough, all stay in fp16.
+    """
+    say(f"agreement {row['agreement']:.2%}, macro-F1 loss {row['f1_loss']:.2%}: some layers must stay in fp16")
+    names = [name for name, _ in ranking]
+    attempts: list[tuple[int, dict[str, Any]]] = []
+
+    def is_enough(count: int) -> bool:
+        attempts.append((count, attempt(names[:count])))
+        return gate.passes(attempts[-1][1])
+
+    bound = 1
+    while bound < len(names) and not is_enough(bound):
+        bound *= 2
+    between = range(bound // 2 + 1, min(bound, len(names)))
+    fewest = between.start + bisect.bisect_left(between, True, key=is_enough)
+    last, row = attempts[-1] if attempts else (0, row)  # the folder holds the engine of the last attempt
+    return {**(row if last == fewest else attempt(names[:fewest])), "sensitivity": dict(ranking)}
+
+
+def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate: Gate) -> dict[str, Any]:
+    """Write, load and check an engine over flat tokens. Without a GPU, the same module is checked on the CPU."""
+    spec = replace(spec, vocabulary=inputs.model.config.vocab_size)
+    spec.save(folder)
+    on_gpu = not gpu_problem()
+    if on_gpu:
+        check_precision(spec.precision, find_device())
+    else:
+        say(f"{gpu_problem()}: the same module is checked on the CPU")
+
+    def attempt(skip: Sequence[str] = ()) -> dict[str, Any]:
+        module = _cuda_module(inputs, spec, skip)
+        cuda_version.save(module, folder)
+        if on_gpu:
+            engine = load_engine(folder)
+            cuda_version.save_cache(folder / cuda_version.CACHE)
+        else:
+            engine = Engine(CudaRunner(module, spec.max_tokens, torch.device("cpu")), spec)
+        row = accuracy(predict(engine, inputs.held_out.tokens), inputs.held_out)
+        return {
+            **row,
+            **({"layers_in_fp16": list(skip)} if spec.precision == "fp8" else {}),
+            "held_out_texts": len(inputs.held_out.tokens),
+            "checked_on": spec.target if on_gpu else "cpu (no GPU)",
+            "bytes": (folder / cuda_version.WEIGHTS).stat().st_size,
+        }
+
+    row = attempt()
+    if spec.precision != "fp8" or gate.passes(row):
+        return row
+    ranking = fp8.sensitivity(inputs.model, inputs.largest_inputs, inputs.validation)
+    return _keep_layers_in_fp16(row, attempt, ranking, gate)
+
+
+def _cuda_module(inputs: BuildInputs, spec: EngineSpec, skip: Sequence[str]) -> VarlenBert:
+    """Return the module with the checkpoint's weights, in the requested precision; layers in `skip` stay in fp16."""
+    shape, dtype = Shape.of(inputs.model), cuda_version.DTYPES[spec.precision]
+    module = copy_weights(VarlenBert(shape, spec.max_tokens, dtype), inputs.model)
+    check_finite(module, spec.precision)
+    if spec.precision == "fp8":
+        fp8.quantize(module, inputs.largest_inputs, skip)
+    return module
+
+
+def _build_from_onnx(
+    inputs: BuildInputs, graph: PackedBert, spec: EngineSpec, folder: Path, options: compile_tensorrt.CompilerOptions
+) -> dict[str, Any]:
+    """Export, compile, load and check one graph; `folder` then holds the engine's files and engine.json."""
     onnx = folder / "model.onnx"
+    check_finite(graph, spec.precision)
     say(f"exporting the {spec.precision} graph to ONNX")
     export(graph, spec.max_tokens, onnx)
-    spec = replace(spec, graph=fingerprint(onnx), vocabulary=material.model.config.vocab_size)
+    spec = replace(spec, graph=fingerprint(onnx), vocabulary=inputs.model.config.vocab_size)
     say(f"compiling it with {spec.target}")
     checked_on = spec.target
     if spec.target == "openvino":
-        _to_openvino(onnx)
+        _save_for_openvino(onnx)
         spec.save(folder)
         engine = load_engine(folder)
     else:
-        tensorrt.compile_plan(onnx, folder, spec.target, spec.max_tokens, options)
+        compile_tensorrt.compile_plan(onnx, folder, spec.target, spec.max_tokens, options)
         spec = replace(
             spec,
-            runtime="" if options.version_compatible else tensorrt.version_of(spec.target),
-            device="" if options.hardware_compatible or spec.target == "tensorrt-rtx" else tensorrt.gpu_name(),
+            runtime="" if options.version_compatible else compile_tensorrt.version_of(spec.target),
+            device="" if options.hardware_compatible or spec.target == "tensorrt-rtx" else gpu_name(),
         )
         spec.save(folder)
-        if tensorrt.gpu_name():
+        if gpu_name():
             engine = load_engine(folder)
         else:
-            say("no GPU here: the same graph is checked in OpenVINO instead")
-            checked_on, engine = "openvino (no GPU)", Engine(openvino_runner(onnx, spec), spec)
-    row = accuracy(predict(engine, material.held_out.tokens), material.held_out)
+            say("this machine has no GPU: the same graph is checked in OpenVINO instead")
+            checked_on, engine = "openvino (no GPU)", Engine(PackedRunner(openvino_runner(onnx, spec), spec), spec)
+    row = accuracy(predict(engine, inputs.held_out.tokens), inputs.held_out)
     onnx.unlink(missing_ok=True)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".xml", ".plan"))
-    return {**row, "held_out_texts": len(material.held_out.tokens), "checked_on": checked_on, "bytes": size}
+    return {**row, "held_out_texts": len(inputs.held_out.tokens), "checked_on": checked_on, "bytes": size}
 
 
-def _to_openvino(onnx: Path) -> None:
-    """Write OpenVINO's own form of the graph, weights in the precision that they have."""
+def _save_for_openvino(onnx: Path) -> None:
+    """Convert the graph to OpenVINO's format; the weights keep their precision."""
     import openvino
 
     try:
-        graph = openvino.Core().read_model(onnx)
+        graph = to_openvino(onnx)
     except RuntimeError as error:
         raise InputError(f"OpenVINO cannot read {onnx.name}: {str(error).splitlines()[-1]}") from None
     openvino.save_model(graph, onnx.with_suffix(".xml"), compress_to_fp16=False)
 
 
-def _check_room(checkpoint: Path, repository: Path) -> None:
-    """Make sure before the work that ONNX and engine will fit on the disk: each about as large as the weights."""
+def _check_disk_space(checkpoint: Path, repository: Path) -> None:
+    """Make sure that ONNX graph and engine fit on the disk: each is about as large as the weights.
+
+    Raises:
+        InputError: they do not fit.
+    """
     needed = 3 * (checkpoint / "model.safetensors").stat().st_size
     free = shutil.disk_usage(repository).free
     if free < needed:
         raise InputError(f"{repository}: {free >> 20} MiB free, about {needed >> 20} needed; make room")
 
 
-def _request(folder: Path) -> EngineSpec | None:
-    """Return what an engine was asked to be, without what building it found out."""
-    try:
-        return replace(EngineSpec.load(folder), graph="", vocabulary=0, runtime="", device="")
-    except InputError:
-        return None
-
-
-def _asked(gate: Gate) -> dict[str, float]:
+def _thresholds(gate: Gate) -> dict[str, float]:
     return {"least_agreement": gate.agreement, "largest_f1_loss": gate.f1_loss}
 
 

@@ -1,34 +1,42 @@
-"""The engine: packs a batch of texts, runs the compiled graph. What the build measures is what Triton serves."""
+"""The engine: token ids of many texts in, logits out. The build measures the same code that Triton serves."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from aisle.build import tensorrt
+from aisle.build import compile_tensorrt
+from aisle.build.cuda_runtime import driver_problem, gpu_name
+from aisle.build.plan_runner import PlanRunner
+from aisle.build.repository import max_batch_size
+from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.pack import Packed, pack
 
-Run = Callable[[Packed], npt.NDArray[np.float32]]
-# The precisions each target computes in, its default first.
+Ints = npt.NDArray[np.integer[Any]]
+Logits = npt.NDArray[np.float32]
+Run = Callable[[Packed], Logits]
+# The precisions of each target, the default first.
 PRECISIONS = {
     "openvino": ("int8", "bf16", "fp32"),
-    "tensorrt": ("int8", "fp16", "bf16", "fp32"),
-    "tensorrt-rtx": ("int8", "fp16", "bf16", "fp32"),
+    "cuda": ("fp16", "bf16", "fp8"),
+    "tensorrt": ("fp16", "int8", "bf16", "fp32"),
+    "tensorrt-rtx": ("fp16", "int8", "bf16", "fp32"),
 }
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """engine.json: what lies in a version folder of `encoder`, and how it is to be run."""
+    """engine.json: which engine a version folder of `encoder` holds, and how to run it."""
 
     target: str
     precision: str
@@ -36,9 +44,9 @@ class EngineSpec:
     labels: int
     checkpoint: str  # fingerprint of the checkpoint it was built from
     graph: str = ""  # SHA-256 of the ONNX graph
-    vocabulary: int = 0  # token ids it has embeddings for
-    runtime: str = ""  # the only one that runs it, as "TensorRT 11.0.0"; empty: any version
-    device: str = ""  # the only kind of GPU that runs it, as "NVIDIA H100 (9.0)"; empty: any
+    vocabulary: int = 0  # number of token ids with an embedding
+    runtime: str = ""  # the only runtime that can run it, such as "TensorRT 11.0.0"; "": any version
+    device: str = ""  # the only GPU model that can run it, such as "NVIDIA H100 (9.0)"; "": any
 
     def save(self, folder: Path) -> None:
         (folder / "engine.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -48,7 +56,7 @@ class EngineSpec:
         """Read engine.json.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: the file is missing or damaged.
         """
         try:
             return EngineSpec(**json.loads((folder / "engine.json").read_text()))
@@ -56,41 +64,83 @@ class EngineSpec:
             raise InputError(f"{folder} holds no engine: {error}") from None
 
 
-class Engine:
-    """Logits of texts given as token ids."""
+class Runner(Protocol):
+    """Computes a batch. The batch limits depend on the target."""
+
+    @property
+    def max_texts(self) -> int:
+        """The largest number of texts in a batch."""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """The number of tokens from which a larger batch is no faster."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may call at once: while one batch is computed, the host lays out the next."""
+
+    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Logits, int]:
+        """Return logits [texts, labels], and the number of tokens computed, padding included."""
+
+
+class PackedRunner:
+    """Runs a graph over packed rows: packs the texts of a batch into rows."""
+
+    concurrency = 1
 
     def __init__(self, run: Run, spec: EngineSpec) -> None:
-        self._run = run
-        self.spec = spec
+        self._run, self._max_tokens = run, spec.max_tokens
+        # A TensorRT plan has CUDA graphs only for full-width rows; OpenVINO runs any width equally well.
+        self._narrow = spec.target == "openvino"
+        self.max_texts = max_batch_size()
+        # Larger batches are hardly faster on a CPU and make the next request wait longer.
+        self.max_batch_tokens = 2048 if self._narrow else self.max_texts * spec.max_tokens
 
-    def __call__(
-        self,
-        tokens: npt.NDArray[np.integer[Any]],
-        lengths: npt.NDArray[np.integer[Any]],
-        work: defaultdict[str, float] | None = None,
-    ) -> npt.NDArray[np.float32]:
+    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Logits, int]:
+        packed = pack(tokens, lengths, self._max_tokens, narrow=self._narrow)
+        return self._run(packed), packed.input_ids.size
+
+
+class Engine:
+    """Computes the logits of texts given as token ids."""
+
+    def __init__(self, runner: Runner, spec: EngineSpec) -> None:
+        self._runner = runner
+        self.spec = spec
+        self.max_texts, self.max_batch_tokens = runner.max_texts, runner.max_batch_tokens
+        self.concurrency = runner.concurrency
+
+    def __call__(self, tokens: Ints, lengths: Ints, work: defaultdict[str, float] | None = None) -> Logits:
         """Return logits [texts, labels] of texts laid end to end in `tokens`, `lengths` [texts] tokens each.
 
         Args:
-            work: counts, if given, `tokens_useful`, `tokens_computed`, `engine_seconds` and `engine_batches`.
+            work: counters to add to: `tokens_useful`, `tokens_computed`, `engine_seconds` and `engine_batches`.
         """
         start = time.perf_counter()
-        # A plan has a CUDA graph for every number of full rows; on a CPU any shape is as good as another.
-        packed = pack(tokens, lengths, self.spec.max_tokens, narrow=self.spec.target == "openvino")
-        logits = self._run(packed)
+        logits, computed = self._runner(tokens, lengths)
+        if len(lengths) > 1 and not np.isfinite(logits).all():
+            logits = self._rerun_singly(tokens, lengths, logits)
         if work is not None:
             work["tokens_useful"] += len(tokens)
-            work["tokens_computed"] += packed.input_ids.size
+            work["tokens_computed"] += computed
             work["engine_seconds"] += time.perf_counter() - start
             work["engine_batches"] += 1
         return logits
 
+    def _rerun_singly(self, tokens: Ints, lengths: Ints, logits: Logits) -> Logits:
+        """Run texts without finite logits again, one by one: one NaN spoils all texts of its row, as 0 × NaN is NaN."""
+        logits, ends = logits.copy(), np.cumsum(lengths)
+        for text in np.flatnonzero(~np.isfinite(logits).all(axis=1)):
+            own = tokens[ends[text] - lengths[text] : ends[text]]
+            logits[text] = self._runner(own, lengths[text : text + 1])[0][0]
+        return logits
+
 
 def check_target(target: str, precision: str) -> None:
-    """Make sure that there is such an engine.
+    """Make sure that the target and its precision exist.
 
     Raises:
-        InputError: naming the targets, or the target's precisions.
+        InputError: they do not; the message lists the choices.
     """
     if target not in PRECISIONS:
         raise InputError(f"no target {target!r}; choose from {', '.join(PRECISIONS)}")
@@ -99,40 +149,54 @@ def check_target(target: str, precision: str) -> None:
 
 
 def best_target() -> str:
-    """Return what this machine serves fastest with: TensorRT where it and a GPU are at hand, else OpenVINO."""
-    if tensorrt.gpu_name():
+    """Return the fastest target of this machine: on a GPU TensorRT, or `cuda` without it; on a CPU OpenVINO."""
+    if problem := driver_problem():
+        say(f"the GPU is not used: {problem}")
+    if gpu_name():
         try:
-            tensorrt.load_module("tensorrt")
+            compile_tensorrt.load_module("tensorrt")
             return "tensorrt"
         except InputError:
             pass
+    if importlib.util.find_spec("torch"):
+        from aisle.build.cuda_device import gpu_problem
+
+        if not gpu_problem():
+            return "cuda"
     return "openvino"
 
 
 def load_engine(folder: Path, device_id: str = "0") -> Engine:
-    """Load the engine of a version folder; `device_id` is Triton's number of the GPU, where the target needs one.
+    """Load the engine of a version folder. `device_id` is Triton's number of the GPU; targets for CPUs ignore it.
 
     Raises:
-        InputError: the folder holds no engine, or one that this machine cannot run.
+        InputError: the folder holds no engine, or this machine cannot run it.
     """
     spec = EngineSpec.load(folder)
     check_target(spec.target, spec.precision)
     try:
-        run = (
-            openvino_runner(folder / "model.xml", spec) if spec.target == "openvino" else _plan(folder, spec, device_id)
-        )
-        return Engine(run, spec)
+        return Engine(_runner(folder, spec, int(device_id)), spec)
     except InputError:
         raise
-    except Exception as error:  # each runtime raises its own
+    except Exception as error:  # each runtime raises its own exceptions
         raise InputError(f"{folder}: the engine cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+def _runner(folder: Path, spec: EngineSpec, device_id: int) -> Runner:
+    if spec.target == "openvino":
+        return PackedRunner(openvino_runner(folder / "model.xml", spec), spec)
+    if spec.target == "cuda":
+        from aisle.build.cuda_version import load_runner
+
+        return load_runner(folder, spec.precision, spec.max_tokens, device_id)
+    return PackedRunner(_plan_runner(folder, spec, device_id), spec)
+
+
 def openvino_runner(model: Path, spec: EngineSpec) -> Run:
-    """Compile OpenVINO's own form of the graph, or the ONNX graph itself, for this CPU."""
+    """Compile a graph in OpenVINO's format or in ONNX for this CPU."""
     import openvino
 
-    # Around int8 products, and where an fp16 graph is only to be checked, what is left runs in this type.
+    # int8: the type of the operations around the int8 products. fp16: such a graph is only checked here, in fp32.
     precision = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}[spec.precision]
     compiled: Any = openvino.Core().compile_model(
         model, "CPU", {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -147,12 +211,21 @@ def openvino_runner(model: Path, spec: EngineSpec) -> Run:
     return run
 
 
-def _plan(folder: Path, spec: EngineSpec, device_id: str) -> Run:
-    """Check that the plan fits this machine before TensorRT reads it: its own refusal does not say what to do."""
-    here = tensorrt.version_of(spec.target)
+def _plan_runner(folder: Path, spec: EngineSpec, device_id: int) -> Run:
+    """Return a runner for the plan. It checks the versions first, as TensorRT's own error does not say the fix."""
+    here = compile_tensorrt.version_of(spec.target)
     if spec.runtime and spec.runtime != here:
-        raise InputError(f"{folder}: the plan was built by {spec.runtime} and this is {here}; build it again here")
-    gpu = tensorrt.gpu_name(int(device_id))
+        raise InputError(
+            f"{folder}: the plan was built with {spec.runtime}, but this machine has {here}; build it here"
+        )
+    gpu = gpu_name(device_id)
     if gpu and spec.device and spec.device != gpu:
-        raise InputError(f"{folder}: the plan was built for {spec.device} and this is {gpu}; build it again here")
-    return tensorrt.PlanRunner(folder / "model.plan", spec.target, spec.max_tokens, spec.labels, int(device_id))
+        raise InputError(f"{folder}: the plan was built for {spec.device}, but this machine has {gpu}; build it here")
+    return PlanRunner(
+        folder / "model.plan",
+        spec.target,
+        spec.max_tokens,
+        spec.labels,
+        device_id,
+        version_compatible=not spec.runtime,
+    )

@@ -1,4 +1,4 @@
-"""The graph as ONNX, with its precision inside: TensorRT is strongly typed and runs what the graph says."""
+"""Export the graph to ONNX in its final precision: TensorRT is strongly typed and takes all types from the graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 def export(graph: PackedBert, max_tokens: int, path: Path) -> None:
-    """Write the graph over packed rows as ONNX, its rows, width and texts left dynamic."""
+    """Write the graph over packed rows as ONNX, with dynamic numbers of rows, width and texts."""
     example = pack(np.arange(5 + 3 + max_tokens), np.array([5, 3, max_tokens]), max_tokens)
     example = example._replace(input_ids=example.input_ids % graph.word.num_embeddings)
     rows, width, texts = (torch.export.Dim(name, min=1, max=2**16) for name in ("rows", "width", "texts"))

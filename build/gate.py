@@ -1,4 +1,4 @@
-"""The gate: an engine is installed only if it answers as the PyTorch fp32 checkpoint does, on held-out texts."""
+"""The gate: an engine is installed only if it agrees with the PyTorch fp32 checkpoint on held-out texts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from aisle.build.engine import Engine
 from aisle.console import track
-from aisle.train.metrics import score
+from aisle.errors import InputError
+from aisle.train.core.decisions import Decisions
+from aisle.train.core.metrics import score
 
 Logits = npt.NDArray[np.float32]
 FULL_BATCH = 64
-TIMED_SECONDS = 3.0  # per figure of speed
+TIMED_SECONDS = 3.0  # for each measured speed
 
 
 class GateError(Exception):
-    """The engine does not agree with the checkpoint; `row` says how far. Exit code 3."""
+    """The engine does not agree with the checkpoint; `row` holds the measurements. Exit code 3."""
 
     def __init__(self, message: str, row: dict[str, Any]) -> None:
         super().__init__(message)
@@ -29,53 +33,102 @@ class GateError(Exception):
 
 @dataclass(frozen=True)
 class Gate:
-    """What is asked of an engine: shares, not percent."""
+    """Thresholds that an engine must meet, as shares from 0 to 1."""
 
-    agreement: float  # least share of texts with the checkpoint's own top category
-    f1_loss: float  # largest loss of macro-F1
+    agreement: float  # smallest allowed share of texts whose top category is the checkpoint's
+    f1_loss: float  # largest allowed loss of macro-F1
 
     def passes(self, row: dict[str, Any]) -> bool:
-        return bool(row["agreement"] >= self.agreement and row["f1_loss"] <= self.f1_loss)
+        """Return whether the measurements of `accuracy` meet the thresholds."""
+        good = row["agreement"] >= self.agreement and row["f1_loss"] <= self.f1_loss
+        return bool(good and not row["not_finite"])
+
+    def is_looser_than(self, other: Gate) -> bool:
+        """Return whether either threshold is weaker than that of `other`."""
+        return self.agreement < other.agreement or self.f1_loss > other.f1_loss
 
 
-GATES = {"fp32": Gate(0.999, 0.001), "fp16": Gate(0.999, 0.001), "bf16": Gate(0.999, 0.001), "int8": Gate(0.99, 0.005)}
+GATES = {
+    **dict.fromkeys(("fp32", "fp16", "bf16"), Gate(0.999, 0.001)),
+    **dict.fromkeys(("int8", "fp8"), Gate(0.99, 0.005)),
+}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Texts that neither training nor calibration saw, with what the checkpoint makes of them in PyTorch fp32."""
+    """Texts that neither training nor calibration saw, with the checkpoint's logits in PyTorch fp32."""
 
     tokens: Sequence[Sequence[int]]
-    labels: Sequence[str]
+    labels: Sequence[str]  # true categories or, if unknown, the checkpoint's own predictions
     names: Sequence[str]  # of the categories, in the order of the logits
     expected: Logits  # [texts, categories]
+    seen_in_training: int = 0  # number of these texts that training saw; above 0 only for small tables
+    decisions: Decisions | None = None  # of the checkpoint
+
+    def __post_init__(self) -> None:
+        """Refuse a checkpoint whose own logits are NaN or infinite: nothing can be compared with it."""
+        if not np.isfinite(self.expected).all():
+            raise InputError(
+                "the checkpoint's own logits are not finite: training diverged; train again with a lower learning rate"
+            )
 
 
 def accuracy(logits: Logits, held_out: HeldOut) -> dict[str, float]:
-    """Return the agreement with the checkpoint, the macro-F1 and its loss, as shares, and the largest |Δlogit|."""
-    scores = [
-        score(held_out.labels, [held_out.names[i] for i in each.argmax(1)]) for each in (held_out.expected, logits)
-    ]
+    """Return agreement with the checkpoint, macro-F1 and its loss (shares from 0 to 1), and the largest |Δlogit|.
+
+    `decision_agreement`, if the checkpoint has decisions, is the share of texts with the same decision; it is no gate.
+
+    A text with a logit that is not finite is counted in `not_finite` and never agrees. One such text fails the gate.
+    """
+    finite = np.isfinite(logits).all(axis=1)
+    logits = np.where(finite[:, None], logits, 0)
+    best = [each.argmax(1) for each in (held_out.expected, logits)]
+    named = [[held_out.names[i] for i in each] for each in best]
+    named[1] = [name if known else "" for name, known in zip(named[1], finite, strict=True)]
+    scores = [score(held_out.labels, names) for names in named]
+    agreement = {"agreement": float((finite & (best[0] == best[1])).mean())}
+    if held_out.decisions:
+        agreement["decision_agreement"] = _same_decisions(held_out.decisions, held_out.expected, logits, finite)
     return {
-        "agreement": float((logits.argmax(1) == held_out.expected.argmax(1)).mean()),
+        **agreement,
+        "not_finite": int((~finite).sum()),
+        "seen_in_training": held_out.seen_in_training,
         "macro_f1": scores[1]["macro_f1"],
         "f1_loss": scores[0]["macro_f1"] - scores[1]["macro_f1"],
-        "largest_logit_error": float(np.abs(logits - held_out.expected).max()),
+        "largest_logit_error": float(np.abs(logits - held_out.expected)[finite].max(initial=0.0)),
     }
 
 
+def _same_decisions(decisions: Decisions, expected: Logits, logits: Logits, finite: npt.NDArray[np.bool_]) -> float:
+    """Return the share of texts that get the same decision and category from the engine as from the checkpoint."""
+    before, now = decisions.apply(expected), decisions.apply(logits)
+    return float((finite & (before.outcome == now.outcome) & (before.category == now.category)).mean())
+
+
+def check_finite(graph: nn.Module, precision: str) -> None:
+    """Make sure that all weights are finite in their type: the largest fp16 number is 65,504.
+
+    Raises:
+        InputError: a weight is not finite; the message names it.
+    """
+    for name, weight in graph.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{precision} cannot hold the weights of {name}: give --precision bf16 or fp32")
+
+
 def predict(engine: Engine, tokens: Sequence[Sequence[int]], size: int = FULL_BATCH) -> Logits:
-    """Return the engine's logits of texts, `size` a batch, in the order in which they come."""
+    """Return the engine's logits of texts, `size` in a batch, in order."""
     batches = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    return np.concatenate([call(engine, batch) for batch in track(batches, "checking the engine")])
+    return np.concatenate([run_engine(engine, batch) for batch in track(batches, "checking the engine")])
 
 
-def call(engine: Engine, texts: Sequence[Sequence[int]]) -> Logits:
+def run_engine(engine: Engine, texts: Sequence[Sequence[int]]) -> Logits:
+    """Return the engine's logits [texts, labels] of one batch of token ids."""
     return engine(np.concatenate([np.asarray(text) for text in texts]), np.array([len(text) for text in texts]))
 
 
 def speed(run: Callable[[Sequence[Sequence[int]]], Any], tokens: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Return the median latency of one text in ms, and the texts per second of full batches in order of arrival."""
+    """Return the median latency of one text in ms, and texts per second with full batches in the given order."""
     run(tokens[:FULL_BATCH])  # warm-up
     one = _timed(run, [tokens[i : i + 1] for i in range(min(len(tokens), 256))])
     batches = [tokens[i : i + FULL_BATCH] for i in range(0, len(tokens) - FULL_BATCH + 1, FULL_BATCH)]
@@ -89,7 +142,7 @@ def speed(run: Callable[[Sequence[Sequence[int]]], Any], tokens: Sequence[Sequen
 def _timed(
     run: Callable[[Sequence[Sequence[int]]], Any], batches: Sequence[Sequence[Sequence[int]]]
 ) -> list[tuple[float, int]]:
-    """Return seconds and texts of each batch, as many as the time allows, one at least."""
+    """Return (seconds, texts) of each batch: as many as fit in `TIMED_SECONDS`, at least one."""
     run(batches[0])
     start, times = time.perf_counter(), []
     for batch in batches:

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from aisle.errors import InputError
 
-MASKED = -1e9  # added to the scores of tokens of other texts: softmax makes it exactly 0
+MASKED = -1e9  # added to the attention scores between different texts: after softmax they are exactly 0
 
 
 class PackedBert(nn.Module):
     """`BertForSequenceClassification` without padding: rows hold many texts, attention stays inside each.
 
-    Exact: it runs the same layers with the same weights, in an order that skips what nothing reads.
-    With a 16-bit `dtype`, embeddings and matrix products are in it; sums, LayerNorm, softmax and classifier in fp32.
+    Exact: it has the same layers and weights, and skips only values that are never read.
+    With a 16-bit `dtype`, embeddings and matrix products use it; sums, LayerNorm, softmax and classifier use fp32.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
-        """Take over copies of the weights of a `transformers.BertForSequenceClassification`.
+        """Copy the weights of a `transformers.BertForSequenceClassification`.
 
         Raises:
-            InputError: the model's architecture is another one.
+            InputError: the model is not a BERT classifier.
         """
         super().__init__()
         config = model.config
@@ -33,7 +33,7 @@ class PackedBert(nn.Module):
             raise InputError(f"cannot compile a {type(model).__name__}; give a BertForSequenceClassification")
         bert = model.bert
         embeddings = bert.embeddings
-        # Every token is of type 0, so its embedding is added to each position's once and for all.
+        # Every token has type 0, so the embedding of type 0 is added to the position embeddings here.
         position = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         self.word = embedding(embeddings.word_embeddings.weight, dtype)
         self.position = embedding(position, dtype)
@@ -48,13 +48,13 @@ class PackedBert(nn.Module):
         mask = self.mask(segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, mask)
-        # Only [CLS] is read from the last layer: all but its attention runs on one token a text.
+        # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
         cls = self.layers[-1](hidden, mask, cls_index)
         logits: Tensor = self.classifier(torch.tanh(self.pooler(cls.float())))
         return logits
 
     def mask(self, segment_ids: Tensor) -> Tensor:
-        """Return what is added to the scores, [rows, 1, width, width]: nothing within a text."""
+        """Return the attention mask [rows, 1, width, width], added to the scores: 0 within a text, else `MASKED`."""
         return torch.where((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None], 0.0, MASKED)
 
 
@@ -63,7 +63,7 @@ class PackedLayer(nn.Module):
         super().__init__()
         attention, self.heads = layer.attention.self, config.num_attention_heads
         scale = 1 / math.sqrt(attention.query.out_features // self.heads)
-        # One matrix product for query, key and value; the scores' scale is part of the query's weights.
+        # One matrix product for query, key and value; the query's weights contain the scale of the scores.
         self.qkv = nn.Linear(attention.query.in_features, 3 * attention.query.out_features, dtype=dtype)
         parts = (attention.query, scale), (attention.key, 1.0), (attention.value, 1.0)
         self.qkv.weight.data = torch.cat([part.weight.detach() * factor for part, factor in parts]).to(dtype)
@@ -75,7 +75,7 @@ class PackedLayer(nn.Module):
         self.norm_out = SumNorm(layer.output.LayerNorm, dtype)
 
     def forward(self, hidden: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return the layer's output [rows, width, hidden], or [texts, hidden] of the flattened tokens `keep`."""
+        """Return the layer's output [rows, width, hidden], or only [texts, hidden] for the flattened tokens `keep`."""
         # Each [rows, heads, width, hidden / heads].
         q, k, v = self.qkv(hidden).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         context = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
@@ -91,7 +91,7 @@ class PackedLayer(nn.Module):
 
 
 class SumNorm(nn.Module):
-    """LayerNorm of a sum, in fp32 whatever goes in and comes out."""
+    """LayerNorm of a sum, computed in fp32 for every input and output type."""
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -104,12 +104,12 @@ class SumNorm(nn.Module):
 
 
 def embedding(weight: Tensor, dtype: torch.dtype) -> nn.Embedding:
-    """Return an embedding of given weights [entries, hidden] in another type."""
+    """Return an embedding with the weights [entries, hidden], converted to a type."""
     return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.detach().to(dtype))
 
 
 def linear(source: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """Return a copy of a linear layer in another type."""
+    """Return a copy of a linear layer, converted to a type."""
     copy = nn.Linear(source.in_features, source.out_features, dtype=dtype)
     copy.load_state_dict(source.state_dict())
     return copy

@@ -1,4 +1,4 @@
-"""INT8: static Q/DQ around the matrix products, weights by channel, activations by tensor, both symmetric.
+"""INT8 quantization: static Q/DQ around the matrix products, symmetric, per-channel weights, per-tensor activations.
 
 The scheme is that of Wu et al. 2020, "Integer Quantization for Deep Learning Inference" (arXiv:2004.09602).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ from aisle.console import track
 from aisle.preprocess.pack import Packed
 
 METHODS = ("minmax", "percentile", "entropy")
-# fp16 holds smaller scales only with fewer digits. A channel that small loses nothing that counts.
-SMALLEST_SCALE = 2.0**-14
+MIN_SCALE = 2.0**-14  # the smallest normal fp16 number; a channel with a smaller scale has no influence
+MAX_DIVERGENCE = 1e9  # nats; the divergence of logits that are not finite
 
-Ranges = dict[str, float]  # the largest |activation| that goes into each linear layer, by the layer's name
+Ranges = dict[str, float]  # the largest |input| of each linear layer, by the layer's name
 
 
 class Int8Linear(nn.Module):
@@ -33,12 +34,12 @@ class Int8Linear(nn.Module):
 
     def __init__(self, source: nn.Linear, largest: float) -> None:
         super().__init__()
-        weight = source.weight.detach().float().t()  # [in, out]: as ONNX multiplies
+        weight = source.weight.detach().float().t()  # [in, out], the order of ONNX
         self.dtype = source.weight.dtype
-        scale = (weight.abs().amax(0) / 127).clamp(min=SMALLEST_SCALE).to(self.dtype)
+        scale = (weight.abs().amax(0) / 127).clamp(min=MIN_SCALE).to(self.dtype)
         self.weight = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
         self.scale = scale  # [out]
-        self.input_scale = torch.tensor(max(largest / 127, SMALLEST_SCALE), dtype=self.dtype)
+        self.input_scale = torch.tensor(max(largest / 127, MIN_SCALE), dtype=self.dtype)
         self.bias = source.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,15 +70,16 @@ def dequantize(x: Tensor, scale: Tensor, axis: int | None = None) -> Tensor:
 
 
 def linears(graph: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers that are quantized, by name: all of the encoder's matrix products with weights."""
+    """Return the layers to quantize, by name: all linear layers of the encoder."""
     return {name: each for name, each in graph.named_modules() if isinstance(each, nn.Linear) and "layers." in name}
 
 
 def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]:
-    """Watch fp32 activations on real texts; return the ranges that each of `METHODS` sets.
+    """Observe fp32 activations on real texts; return the ranges of each method in `METHODS`.
 
-    One histogram an input serves all three: its end, the 99.99th percentile, and the cut of least Kullback-Leibler
-    divergence (Migacz 2017, "8-bit Inference with TensorRT"), the last two as onnxruntime computes them.
+    All methods use one histogram per layer input: `minmax` takes its end, `percentile` its 99.99th percentile, and
+    `entropy` the cut with the smallest Kullback-Leibler divergence (Migacz 2017, "8-bit Inference with TensorRT").
+    onnxruntime computes the last two.
     """
     collector = HistogramCollector("entropy", True, 512, 128, 99.99, "same")
     seen: dict[str, list[npt.NDArray[np.float32]]] = {}
@@ -89,7 +91,7 @@ def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]
         return hook
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in linears(graph).items()]
-    with contextlib.redirect_stdout(io.StringIO()):  # the collector talks
+    with contextlib.redirect_stdout(io.StringIO()):  # the collector prints
         for _ in track(run(graph, batches), "calibrating", len(batches)):
             collector.collect(seen)
         cuts = {"percentile": collector.compute_percentile(), "entropy": collector.compute_entropy()}
@@ -103,7 +105,7 @@ def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]
 
 
 def quantized(graph: PackedBert, ranges: Ranges, skip: Sequence[str] = ()) -> PackedBert:
-    """Put the linear layers of a graph into INT8, but for those named in `skip`, and return it."""
+    """Quantize the linear layers of a graph to INT8 in place, except those in `skip`, and return the graph."""
     for name, layer in linears(graph).items():
         if name not in skip:
             graph.set_submodule(name, Int8Linear(layer, ranges[name]))
@@ -111,9 +113,9 @@ def quantized(graph: PackedBert, ranges: Ranges, skip: Sequence[str] = ()) -> Pa
 
 
 def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[tuple[str, float]]:
-    """Rank the layers by the loss that quantizing each alone causes, worst first.
+    """Rank the layers by the divergence when only this layer is quantized, largest first.
 
-    The loss is the Kullback-Leibler divergence of the categories' probabilities from those in fp32, in nats a text.
+    The divergence is the Kullback-Leibler divergence of the category probabilities from fp32, in nats per text.
     """
     graph = PackedBert(model).eval()
     expected = logits(graph, batches)
@@ -126,9 +128,13 @@ def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[t
 
 
 def divergence(expected: Tensor, actual: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence, in nats, between softmaxes of logits [texts, labels]."""
+    """Return the mean Kullback-Leibler divergence, in nats, between softmaxes of logits [texts, labels].
+
+    Logits that are not finite give `MAX_DIVERGENCE`.
+    """
     log = F.log_softmax(actual, 1), F.log_softmax(expected, 1)
-    return F.kl_div(*log, reduction="batchmean", log_target=True).item()
+    found = F.kl_div(*log, reduction="batchmean", log_target=True).item()
+    return found if math.isfinite(found) else MAX_DIVERGENCE
 
 
 def logits(graph: nn.Module, batches: Sequence[Packed]) -> Tensor:

@@ -1,8 +1,17 @@
-"""The thin gRPC client: `Classifier`, its asyncio twin, and the classification of whole files."""
+"""The thin gRPC client: `Classifier`, `AsyncClassifier` for asyncio, and the classification of whole files."""
 
 from aisle.client.aio import AsyncClassifier
 from aisle.client.classifier import Classifier
-from aisle.client.protocol import TLS, ClassifierError, Failure, InvalidText, Overloaded, Prediction, Unavailable
+from aisle.client.protocol import (
+    TLS,
+    ClassifierError,
+    Failure,
+    InvalidText,
+    Overloaded,
+    Prediction,
+    Unavailable,
+    UnknownVersion,
+)
 from aisle.client.traffic import TrafficLog
 
 __all__ = [
@@ -16,4 +25,5 @@ __all__ = [
     "Prediction",
     "TrafficLog",
     "Unavailable",
+    "UnknownVersion",
 ]

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing
-from functools import cached_property
 from typing import Any, Self, TypeVar
 
-from tritonclient.grpc import InferenceServerException
-from tritonclient.grpc.aio import InferenceServerClient
+import grpc
 
-from aisle.client.protocol import (
-    CALLS,
-    IN_FLIGHT,
-    MISSING,
-    MODEL,
-    Connection,
-    Failure,
-    InvalidText,
-    Prediction,
-    Text,
-    inputs,
-    predictions,
-)
+import aisle.client.wire as wire
+from aisle.client.connection import Connection
+from aisle.client.fork import claim_asyncio
+from aisle.client.protocol import CALLS, IN_FLIGHT, Failure, InvalidText, Prediction, Text
 from aisle.client.tracing import request_span
 
 T = TypeVar("T")
+Texts = Iterable[Any] | AsyncIterable[Any]
+
+
+class _Transport:
+    """The connection of one event loop to the server."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self.infer = channel.unary_unary(wire.INFER)
+        self.config = channel.unary_unary(wire.CONFIG)
+        self.slots = asyncio.Semaphore(CALLS)
+        self.process = os.getpid()
 
 
 class AsyncClassifier(Connection):
-    """The asyncio twin of `Classifier`: the same arguments, results and errors.
+    """`Classifier` for asyncio: the same arguments, results and errors.
 
-    Any number of calls may be made at once: those over `CALLS` wait for others to be answered.
+    Any number of calls may run concurrently; calls beyond `CALLS` wait for earlier ones. An instance can be made at
+    module level and used in several event loops. It cannot be used in a child process that was forked after the first
+    call.
     """
 
-    _transport = InferenceServerClient
+    _transports: dict[asyncio.AbstractEventLoop, _Transport]
 
-    @cached_property
-    def _under_way(self) -> asyncio.Semaphore:
-        return asyncio.Semaphore(CALLS)
+    @property
+    def _transport(self) -> _Transport:
+        """The connection of the running event loop."""
+        loop = asyncio.get_running_loop()
+        transport = self._transports.get(loop)
+        if transport is None or transport.process != os.getpid():
+            if self._closed:
+                raise RuntimeError("this classifier is closed")
+            claim_asyncio()
+            for closed in [each for each in self._transports if each.is_closed()]:
+                del self._transports[closed]
+            transport = self._transports[loop] = _Transport(self._connect(grpc.aio))
+        return transport
 
     async def __aenter__(self) -> Self:
         return self
@@ -50,101 +65,140 @@ class AsyncClassifier(Connection):
         await self.close()
 
     async def close(self) -> None:
-        await self._client.close()
+        """Close the connection of the running event loop, and cancel its requests."""
+        self._closed = True
+        if transport := self._transports.pop(asyncio.get_running_loop(), None):
+            await transport.channel.close()
 
-    async def classify(self, texts: Sequence[Text], top_k: int = 1) -> list[Prediction]:
-        """Return the predictions of `texts`, in their order; see `Classifier.classify`."""
+    async def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
+        """Return the predictions for `texts`, in the same order; see `Classifier.classify`."""
+        wire.check_list(texts)
+        if isinstance(texts, AsyncIterable):
+            raise TypeError("classify takes a list of texts; use stream for an asynchronous iterator")
+        texts, wanted = list(texts), wire.Wanted(top_k, decisions)
+        if len(texts) <= await self.max_batch():
+            return await self._classify_batch(texts, wanted) if texts else []
 
         async def request(batch: list[Any]) -> list[Prediction]:
-            return await self._request(batch, top_k)
+            return await self._classify_batch(batch, wanted)
 
-        return [prediction async for prediction in self._pipeline(texts, request)]
+        predictions: list[Prediction] = []
+        try:
+            async with aclosing(self._pipeline(texts, request, await self.max_batch())) as pipeline:
+                async for answers in pipeline:
+                    predictions += answers
+        except InvalidText as error:
+            raise wire.with_row(error, len(predictions)) from None
+        return predictions
 
-    async def stream(
-        self, texts: Iterable[Text | None] | AsyncIterable[Text | None], top_k: int = 1
+    def stream(
+        self, texts: Iterable[Text | None] | AsyncIterable[Text | None], top_k: int = 1, *, decisions: bool = False
     ) -> AsyncGenerator[Prediction | Failure, None]:
-        """Yield an answer for each of any number of texts, in their order; see `Classifier.stream`.
+        """Yield an answer for each text, in the same order; see `Classifier.stream`.
 
-        Texts are drawn only as answers are taken, so a slow reader slows the reading of `texts`. Close it (`aclose`, or
-        `contextlib.aclosing`) where it is left early, so that requests under way end.
+        It reads `texts` only as fast as its answers are consumed. If you stop early, close it (`aclose`, or
+        `contextlib.aclosing`), so that its requests end.
         """
+        wire.check_list(texts)
+        wire.check_top_k(top_k)
+        return self._stream(texts, wire.Wanted(top_k, decisions))
 
+    async def _stream(self, texts: Texts, wanted: wire.Wanted) -> AsyncGenerator[Prediction | Failure, None]:
         async def request(batch: list[Any]) -> list[Prediction | Failure]:
-            answers = iter(await self._halving([text for text in batch if text is not None], top_k))
-            return [MISSING if text is None else next(answers) for text in batch]
+            answers, good = wire.check_texts(batch)
+            found = iter(await self._classify_halves(good, wanted))
+            return [next(found) if answer is None else answer for answer in answers]
 
-        async with aclosing(self._pipeline(texts, request)) as pipeline:
-            async for answer in pipeline:
-                yield answer
+        async with aclosing(self._pipeline(texts, request, await self.max_batch(bulk=True))) as pipeline:
+            async for batch in pipeline:
+                for answer in batch:
+                    yield answer
 
     async def _pipeline(
-        self, texts: Iterable[Any] | AsyncIterable[Any], request: Callable[[list[Any]], Coroutine[Any, Any, list[T]]]
-    ) -> AsyncGenerator[T, None]:
-        """Yield the answers to the texts in order, with up to IN_FLIGHT requests under way."""
+        self, texts: Texts, request: Callable[[list[Any]], Coroutine[Any, Any, list[T]]], size: int
+    ) -> AsyncGenerator[list[T], None]:
+        """Yield the answers to batches of `size` texts in order, with up to IN_FLIGHT concurrent requests."""
         pending: deque[asyncio.Task[list[T]]] = deque()
         try:
-            async for batch in _chunks(texts, await self.max_batch()):
+            async for batch in _chunks(texts, size):
                 pending.append(asyncio.create_task(request(batch)))
                 if len(pending) == IN_FLIGHT:
-                    for answer in await pending.popleft():
-                        yield answer
+                    yield await pending.popleft()
             while pending:
-                for answer in await pending.popleft():
-                    yield answer
+                yield await pending.popleft()
         finally:
             for task in pending:
                 task.cancel()
 
-    async def _halving(self, texts: list[Text], top_k: int) -> list[Prediction | Failure]:
-        """Classify a batch; where it is refused, halve it until each bad text stands alone."""
+    async def _classify_halves(self, texts: list[bytes], wanted: wire.Wanted) -> list[Prediction | Failure]:
+        """Classify a batch. If it is refused, classify its halves, until each bad text is alone."""
         if not texts:
             return []
         try:
-            return [*await self._request(texts, top_k, patient=True)]
+            return [*await self._classify_batch(texts, wanted, bulk=True)]
         except InvalidText as error:
             if len(texts) == 1:
-                return [Failure(str(error))]
+                return [wire.failure(error)]
         middle = len(texts) // 2
-        return [*await self._halving(texts[:middle], top_k), *await self._halving(texts[middle:], top_k)]
+        return [
+            *await self._classify_halves(texts[:middle], wanted),
+            *await self._classify_halves(texts[middle:], wanted),
+        ]
 
-    async def max_batch(self) -> int:
-        """How many texts the server takes in one request."""
+    async def has_decisions(self) -> bool:
+        """Return whether the model that answers now has decisions."""
+        return wire.models(await self._fetch_config(bulk=False)).has_decisions
+
+    async def max_batch(self, bulk: bool = False) -> int:
+        """The server's limit of texts in one request."""
         if self._max_batch is None:
-            config = await self._retrying(lambda: self._client.get_model_config(MODEL, self._version))
-            self._max_batch = max(1, config.config.max_batch_size)
+            self._max_batch = wire.max_batch(await self._fetch_config(bulk))
         return self._max_batch
 
-    async def _request(self, texts: Sequence[Text], top_k: int, patient: bool = False) -> list[Prediction]:
-        tensors = inputs(texts, top_k)
-        with request_span(len(texts)) as headers:
-            result = await self._retrying(
-                lambda: self._client.infer(
-                    MODEL,
-                    tensors,
-                    self._version,
-                    headers=headers,
-                    **self._limits(patient),
-                ),
-                patient,
-            )
-        answers = predictions(result)
+    async def category_counts(self) -> dict[int, int]:
+        """Return the number of categories of each version that answers now; empty if the server does not tell."""
+        return wire.category_counts(await self._fetch_config(bulk=False))
+
+    async def _fetch_config(self, bulk: bool) -> bytes:
+        question, transport = wire.config_request(self._version), self._transport
+        return await self._with_retries(
+            transport, lambda: transport.config(question, timeout=self._timeout, metadata=self._token), bulk
+        )
+
+    async def _classify_batch(self, texts: list[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
+        raw = wire.to_utf8_list(texts)
+        request, transport = wire.request_of(raw, wanted, self._version), self._transport
+        with request_span(len(raw)) as headers:
+            metadata = (*self._token, *headers.items())
+
+            async def ask() -> bytes:
+                stamped = self._stamped(request, bulk)
+                return wire.check_outputs(await transport.infer(stamped, timeout=self._timeout, metadata=metadata))
+
+            answer = await self._with_retries(transport, ask, bulk)
+        answers = wire.predictions(answer)
         if self._log:
-            self._log.record(texts, answers)
+            self._log.record(raw, answers)
         return answers
 
-    async def _retrying(self, call: Any, patient: bool = False) -> Any:
+    async def _with_retries(self, transport: _Transport, call: Callable[[], Awaitable[bytes]], bulk: bool) -> bytes:
+        since = time.monotonic()
         for attempt in itertools.count():
             try:
-                async with self._under_way:
-                    return await call()
-            except InferenceServerException as error:
-                seconds = self._seconds_to_wait(error, attempt, patient)
-            await asyncio.sleep(seconds)
+                async with transport.slots:
+                    answer = await call()
+            except grpc.RpcError as error:
+                seconds = self._seconds_to_wait(error, attempt, bulk, since)
+                await asyncio.sleep(seconds)
+            else:
+                self._note_answer()
+                return answer
+        raise AssertionError
 
 
-async def _chunks(texts: Iterable[Any] | AsyncIterable[Any], size: int) -> AsyncIterator[list[Any]]:
+async def _chunks(texts: Texts, size: int) -> AsyncIterator[list[Any]]:
     chunk = []
-    async for text in texts if isinstance(texts, AsyncIterable) else _drawn(texts):
+    async for text in texts if isinstance(texts, AsyncIterable) else _as_async(texts):
         chunk.append(text)
         if len(chunk) == size:
             yield chunk
@@ -153,6 +207,6 @@ async def _chunks(texts: Iterable[Any] | AsyncIterable[Any], size: int) -> Async
         yield chunk
 
 
-async def _drawn(texts: Iterable[Any]) -> AsyncIterator[Any]:
+async def _as_async(texts: Iterable[Any]) -> AsyncIterator[Any]:
     for text in texts:
         yield text

@@ -1,20 +1,59 @@
-"""Classify a whole file: in order, in constant memory, resumable, one bad row spoiling nothing."""
+"""Classify a whole file: in order, in constant memory, and resumable. A bad row does not affect others."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import tempfile
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import Failure, Prediction
+from aisle.client.wire import Wanted
 from aisle.errors import InputError
-from aisle.preprocess.table import Row, as_text, file_format, fingerprint, read_rows, write_rows
+from aisle.preprocess.tables.opening import STDIO, Reading, reading
+from aisle.preprocess.tables.sheets import require_fit
+from aisle.preprocess.tables.table import FaultyRow, Row, as_text, fingerprint, missing_column, read_rows
+from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
+from aisle.preprocess.values import TextError
+from aisle.preprocess.values import as_text as checked_text
+from aisle.preprocess.vocabulary import MANY_UNKNOWN
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs on one output are not detected
+    fcntl = None  # type: ignore[assignment]
 
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+class Progress(NamedTuple):
+    """The state of an earlier run: the number of answered rows, and the model that answered last."""
+
+    rows: int
+    version: int | None  # None if no row has an answer
+    model: str  # its fingerprint; empty if that is not known
+
+
+class _Models:
+    """The models of the versions that answer. They are fetched again when another version answers."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self._known, self.have_decisions = classifier.models(bulk=True)
+
+    def of(self, version: int) -> str:
+        """Return the fingerprint of a version's model; empty if the server does not tell."""
+        if version not in self._known:
+            self._known = {version: "", **self._classifier.models(bulk=True).fingerprints, **self._known}
+        return self._known[version]
 
 
 def classify_file(
@@ -24,126 +63,277 @@ def classify_file(
     text_column: str,
     top_k: int,
     track: Track = lambda rows, _: rows,
+    *,
+    decisions: bool | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
-    Answers are first written to `out` + ``.partial``, a JSONL file whose head names the job.
-    A run that was stopped goes on from there.
+    If `MANY_UNKNOWN` or more of a text's tokens are unknown to the model, its row gets a warning too.
+
+    Answers are first written to the journal `out` + ``.partial``, a JSONL file that starts with a description of the
+    job and is locked. A run that was stopped resumes from there, if the same model answers.
 
     Args:
-        track: wraps the stream of rows, of which it is told the number, to show progress.
+        track: wraps the stream of answers, to show progress; its second argument is their number.
+        decisions: write the decisions; by default as the run that this one resumes or, in a new run, if the model has
+            them.
 
     Raises:
-        InputError: the file cannot be read, `top_k` is out of range, the partial file is another job's, or the disk is
-            full.
-        Unavailable, ClassifierError: the server failed; in either case what was answered is kept for the next run.
+        InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
+            to another job, another run is writing it, or the disk is full.
+        Unavailable, ClassifierError: the server failed. The next run resumes from the answers so far.
     """
-    file_format(out)  # a name that cannot be written is better known now
+    kind = output_kind(source, out)  # fails early if the name cannot be written
+    refuse_same(source, out)
     start = time.perf_counter()
-    columns, total = _survey(source, text_column)
-    classifier.probe(top_k, patient=True)  # so is a server that cannot be reached, or has fewer categories
-    partial = out.with_name(out.name + ".partial")
-    job = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column, "top_k": top_k}
-    done = _resume(partial, job)
-
-    for_texts, for_output = itertools.tee(itertools.islice(read_rows(source), done, None))
-    texts = (as_text(row.get(text_column)) for row in for_texts)
-    added = _added_columns(top_k)
-    answered = 0
-    errors = 0
-
-    def rows() -> Iterator[Row]:
-        nonlocal errors
-        errors = 0  # Parquet takes two passes
-        for row in _journal(partial):
-            errors += row["error"] is not None
-            yield row
-
+    columns, total = _scan_source(source, text_column, out if kind == "xlsx" else None)
+    models = _Models(classifier)
+    wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
+    # Fails early if the server is unreachable, or has too few categories or no decisions.
+    classifier.probe(top_k, decisions=wanted.decisions, bulk=True)
+    added = _added_types(wanted)
+    names = _renames(columns, added)
+    found: Counter[str] = Counter()
     try:
-        with partial.open("ab") as journal:
-            for row, answer in track(zip(for_output, classifier.stream(texts, top_k), strict=True), total - done):
-                answered += 1
-                line = {**_aside(row, added), **_answer_columns(answer)}
-                journal.write(json.dumps(line, default=str).encode() + b"\n")
-        finished = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
-        write_rows(finished, rows, [*_aside(dict.fromkeys(columns), added), *added])
-        finished.replace(out)
+        with _open_journal(out) as (path, journal):
+            done = _resume(journal, path, _job(source, text_column, wanted))
+            answers = track(_answers(classifier, source, text_column, wanted, done.rows), total - done.rows)
+            versions = _record(answers, journal, path, done, models)
+            with replacing(out) as writing:
+                write_edited(source, writing, partial(_edits, path, added, found), columns, added, names, kind)
+            path.unlink()
     except OSError as error:
-        message = f"cannot write {out}: {error.strerror or error}; mend that and run it again: it goes on where it was"
+        message = f"cannot write {out}: {error.strerror or error}; correct that and run the command again: it resumes"
         raise InputError(message) from None
-    partial.unlink()
     seconds = time.perf_counter() - start
     return {
-        "rows": done + answered,
-        "resumed_from": done,
-        "errors": errors,
+        "rows": total,
+        "resumed_from": done.rows,
+        "errors": found["error"],
+        "warnings": found["warning"],
+        "versions": {str(version): rows for version, rows in sorted(versions.items())},
+        "renamed": names,
         "seconds": round(seconds, 3),
-        "texts_per_second": round(answered / seconds, 1),
+        "texts_per_second": round((total - done.rows) / seconds, 1),
         "output": str(out),
     }
 
 
-def _resume(partial: Path, job: dict[str, Any]) -> int:
-    """Return how many rows are answered, after cutting off a line that was being written when the last run stopped."""
-    if not partial.exists():
-        partial.write_text(json.dumps(job) + "\n")
-        return 0
-    with partial.open("r+b") as file:
-        lines = end = 0
-        head = b""
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            head = head or line
-            lines += 1
-            end += len(line)
-        file.truncate(end)
+def _wants_decisions(models: _Models, out: Path) -> bool:
+    """Return whether the journal of an earlier run has decisions; without a journal, whether the models have them."""
+    try:
+        with _journal_of(out).open("rb") as file:
+            return json.loads(file.readline()).get("decisions", False) is True
+    except (OSError, ValueError, AttributeError):  # there is no earlier run, or its journal is damaged
+        return models.have_decisions
+
+
+def _journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _job(source: Path, text_column: str, wanted: Wanted) -> dict[str, Any]:
+    """Return what the answers depend on. A journal of another job is refused."""
+    job: dict[str, Any] = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column}
+    job |= {"top_k": wanted.top_k, "form": "answers"}  # the journal of an older release holds whole rows
+    if wanted.decisions:
+        job["decisions"] = True
+    return job if reading() == Reading() else {**job, "reading": repr(reading())}
+
+
+@contextlib.contextmanager
+def _open_journal(out: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Open the journal of an output, for this run alone; for standard output, it is a temporary file."""
+    with contextlib.ExitStack() as stack:
+        if out == STDIO:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aisle-classify-"))
+            path = Path(folder, "answers")
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            path = _journal_of(out)
+        yield path, stack.enter_context(_locked(path))
+
+
+def _record(
+    answers: Iterable[Prediction | Failure], journal: IO[bytes], path: Path, done: Progress, models: _Models
+) -> Counter[int]:
+    """Write answers to the journal; return the number of answers of each version of the model."""
+    versions: Counter[int] = Counter()
+    for answer in answers:
+        row = _answer_columns(answer)
+        if isinstance(answer, Prediction):
+            row["model"] = models.of(answer.version)
+            if not versions:
+                _check_model(answer.version, row["model"], done, path)
+            versions[answer.version] += 1
+        journal.write(json.dumps(row).encode() + b"\n")
+    journal.flush()
+    return versions
+
+
+def _edits(path: Path, added: Iterable[str], found: Counter[str]) -> Iterator[Row]:
+    """Yield the new columns of each row, and count errors and warnings."""
+    found.clear()  # this is called twice for Parquet
+    for row in _read_journal(path):
+        found.update(name for name in ("error", "warning") if row.get(name) is not None)
+        yield {name: row.get(name) for name in added}
+
+
+def _answers(
+    classifier: Classifier, source: Path, text_column: str, wanted: Wanted, done: int
+) -> Iterator[Prediction | Failure]:
+    """Yield an answer for each row after the first `done`. Rows that cannot be used are not sent."""
+    faults: deque[Failure | None] = deque()
+
+    def texts() -> Iterator[str | bytes | None]:
+        for row in itertools.islice(read_rows(source), done, None):
+            text, fault = _usable(row, text_column)
+            faults.append(fault)
+            yield text
+
+    for answer in classifier.stream(texts(), wanted.top_k, decisions=wanted.decisions):
+        yield faults.popleft() or answer
+
+
+def _usable(row: Row, text_column: str) -> tuple[str | None, Failure | None]:
+    if isinstance(row, FaultyRow):
+        return None, Failure(row.fault)
+    try:
+        checked_text(row.get(text_column))
+    except TextError as error:
+        return None, Failure(str(error))
+    text: str | None = as_text(row.get(text_column))
+    return text, None
+
+
+def _check_model(version: int, model: str, before: Progress, path: Path) -> None:
+    """Refuse to resume with another model than the one that answered last."""
+    if before.version is None or (version, model) == before[1:]:
+        return
+    if version != before.version:
+        now = f"was answered by version {before.version} of the model, and version {version} answers now"
+    elif before.model and model:
+        now = f"was answered by another model, which is version {version} too"
+    elif before.model:
+        now = f"names the model that answered, and this server does not tell which model its version {version} is"
+    else:
+        now = "does not name the model that answered: an earlier Aisle wrote it, or its server did not tell"
+    raise InputError(f"{path} {now}; delete it to start again")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Open a journal and lock it.
+
+    Raises:
+        InputError: another run has locked it.
+    """
+    while True:
+        file = path.open("a+b")
+        with file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing {path}; wait for it, or choose another output") from None
+            # Another run may have removed the file just before the lock.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            yield file
+            return
+
+
+def _resume(file: IO[bytes], path: Path, job: dict[str, Any]) -> Progress:
+    """Return the progress of the last run, and cut off an incomplete last line."""
+    lines = end = 0
+    head = answered = b""
+    file.seek(0)
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        head = head or line
+        if b'"version": ' in line:  # not the row of an error
+            answered = line
+        lines += 1
+        end += len(line)
+    file.truncate(end)
     if not lines:
-        partial.unlink()
-        return _resume(partial, job)
-    if json.loads(head) != job:
-        raise InputError(f"{partial} belongs to another job or another state of its source; delete it to start anew")
-    return lines - 1
+        file.write(json.dumps(job).encode() + b"\n")
+        file.flush()
+        return Progress(0, None, "")
+    try:
+        same = json.loads(head) == job
+        last = json.loads(answered or "{}")
+        found = Progress(lines - 1, last.get("version"), last.get("model", ""))
+    except (ValueError, AttributeError):
+        same = False
+    if not same:
+        raise InputError(f"{path} belongs to another job, or its source has changed; delete it to start again")
+    return found
 
 
-def _journal(partial: Path) -> Iterator[Row]:
-    with partial.open("rb") as file:
+def _read_journal(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
         next(file)
         for line in file:
             yield json.loads(line)
 
 
-def _survey(source: Path, text_column: str) -> tuple[list[str], int]:
-    """Return the columns of the source, in the order of their first occurrence, and how many rows it has."""
+def _scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[list[str], int]:
+    """Return the columns of the source, in the order of their first occurrence, and its number of rows.
+
+    Raises:
+        InputError: the text column is missing, or the spreadsheet `sheet` cannot hold the rows.
+    """
     columns: dict[str, None] = {}
     total = 0
     for row in read_rows(source):
         total += 1
         if row.keys() - columns.keys():
             columns.update(dict.fromkeys(row))
+        if sheet is not None:
+            for value in row.values():
+                require_fit(value, sheet, total)
     if total and text_column not in columns:
-        raise InputError(f"{source}: no column {text_column!r}; it has: {', '.join(columns)}")
+        raise missing_column(source, text_column, list(columns))
     return list(columns), total
 
 
-def _aside(row: Row, added: list[str]) -> Row:
-    """Rename the source's own columns that would be overwritten, as `category` to `source_category`."""
-    return {f"source_{name}" if name in added else name: value for name, value in row.items()}
+def _renames(columns: list[str], added: Iterable[str]) -> dict[str, str]:
+    """Return new names for the source's columns that would be overwritten, such as `source_category`."""
+    taken = {*columns, *added}
+    names = {}
+    for name in columns:
+        if name in added:
+            wanted = f"source_{name}"
+            new = next(each for n in itertools.count(1) if (each := wanted if n == 1 else f"{wanted}_{n}") not in taken)
+            taken.add(new)
+            names[name] = new
+    return names
 
 
 def _names(rank: int) -> tuple[str, str]:
     return ("category", "confidence") if rank == 1 else (f"category_{rank}", f"confidence_{rank}")
 
 
-def _added_columns(top_k: int) -> list[str]:
-    return [name for rank in range(1, top_k + 1) for name in _names(rank)] + ["error"]
+def _added_types(wanted: Wanted) -> dict[str, type]:
+    """Return the added columns with their types."""
+    types: dict[str, type] = {}
+    for rank in range(1, wanted.top_k + 1):
+        types |= dict(zip(_names(rank), (str, float), strict=True))
+    if wanted.decisions:
+        types |= {"decision": str, "decided": str}
+    return types | {"warning": str, "error": str}
 
 
 def _answer_columns(answer: Prediction | Failure) -> Row:
     if isinstance(answer, Failure):
-        return {"category": None, "confidence": None, "error": answer.message}
+        return {"category": None, "confidence": None, "warning": None, "error": answer.message}
     row: Row = {}
     for rank, pair in enumerate(zip(answer.categories, answer.confidences, strict=True), start=1):
         row.update(zip(_names(rank), pair, strict=True))
-    row["error"] = None
-    return row
+    if answer.decision is not None:
+        row |= {"decision": answer.decision, "decided": answer.decided or None}
+    many = answer.unknown >= MANY_UNKNOWN
+    row["warning"] = f"the model does not know {answer.unknown:.0%} of this text" if many else None
+    return row | {"error": None, "version": answer.version}

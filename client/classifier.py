@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from functools import cached_property
 from typing import Any, Self
 
-from tritonclient.grpc import InferenceServerClient, InferenceServerException
+import grpc
 
-from aisle.client.protocol import (
-    IN_FLIGHT,
-    MISSING,
-    MODEL,
-    Connection,
-    Failure,
-    InvalidText,
-    Prediction,
-    Text,
-    inputs,
-    predictions,
-)
+import aisle.client.wire as wire
+from aisle.client.connection import Connection
+from aisle.client.protocol import IN_FLIGHT, Failure, InvalidText, Prediction, Text
 from aisle.client.tracing import request_span
 
 Answers = list[Prediction | Failure]
 
 
+class _Transport:
+    """The connection of one process to the server: a channel, and threads for concurrent requests."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.infer = channel.unary_unary(wire.INFER)
+        self.config = channel.unary_unary(wire.CONFIG)
+        self.threads = ThreadPoolExecutor(8 * IN_FLIGHT, "aisle-client")
+        self.closing = threading.Event()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.channel.close()
+        self.threads.shutdown(cancel_futures=True)
+
+
 class Classifier(Connection):
-    """Classifies product texts on an Aisle server. One instance may be shared by threads.
+    """Classifies product texts on an Aisle server. One instance may be shared by threads, and by forked processes.
 
     with Classifier("localhost:8001") as classifier:
         for prediction in classifier.classify(["蓝牙耳机 降噪", "usb c cable 2m"]):
             print(prediction.category, prediction.confidence)
     """
 
-    _transport = InferenceServerClient
+    _transports: dict[int, _Transport]  # by process
 
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(8 * IN_FLIGHT, "aisle-client")
+    @property
+    def _transport(self) -> _Transport:
+        transport = self._transports.get(os.getpid())
+        if transport is not None:
+            return transport
+        if self._closed:
+            raise RuntimeError("this classifier is closed")
+        made = _Transport(self._connect(grpc))
+        transport = self._transports.setdefault(os.getpid(), made)  # without a lock, which a fork could leave locked
+        if transport is not made:  # another thread was first
+            made.close()
+        return transport
 
     def __enter__(self) -> Self:
         return self
@@ -51,60 +68,115 @@ class Classifier(Connection):
         self.close()
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._client.close()
+        """Close the connection of this process, and cancel its requests."""
+        self._closed = True
+        if transport := self._transports.pop(os.getpid(), None):
+            transport.close()
 
-    def classify(self, texts: Sequence[Text], top_k: int = 1) -> list[Prediction]:
-        """Return the predictions of `texts`, in their order. Long lists travel as several requests at once.
-
-        Raises:
-            InvalidText: a text cannot be classified, or `top_k` is out of range.
-            Unavailable: no server answered.
-            Overloaded: too many requests are waiting there; only `stream` asks again of itself.
-            ClassifierError: the server failed, or took longer than the timeout.
-        """
-        batches = list(_chunks(texts, self.max_batch))
-        if len(batches) == 1:  # in the caller's own thread: as many at once as there are callers
-            return self._request(batches[0], top_k)
-        return list(itertools.chain.from_iterable(self._pipeline(batches, top_k, self._request)))
-
-    def stream(self, texts: Iterable[Text | None], top_k: int = 1) -> Iterator[Prediction | Failure]:
-        """Yield an answer for each of any number of texts, in their order and in constant memory.
-
-        A text that the server refuses gets a `Failure`; the others of its batch are classified all the same.
-
-        Raises:
-            Unavailable, Overloaded, ClassifierError: as `classify`, but only after trying for longer.
-        """
-        for batch in self._pipeline(_chunks(texts, self._ask_max_batch(patient=True)), top_k, self._request_each):
-            yield from batch
-
-    def probe(self, top_k: int = 1, *, patient: bool = False) -> None:
-        """Ask what leaves no trace in the log: raises as `classify` does, InvalidText if there are fewer categories.
+    def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
+        """Return the predictions for `texts`, in the same order. Long lists are sent as several concurrent requests.
 
         Args:
-            patient: wait for a server as `stream` does.
+            top_k: the number of categories for each text.
+            decisions: also fill in `decision`, `decided`, `prediction_set` and `energy`.
+
+        Raises:
+            TypeError: `texts` is a single string, a table or a mapping.
+            InvalidText: a text cannot be classified, `top_k` is out of range, or the model has no decisions. The
+                message and `row` name the text's row in `texts`, counted from 0.
+            Unavailable: no server answered.
+            Overloaded: the server's queue is full. Only `stream` retries then.
+            UnknownVersion: the requested version is not loaded.
+            ClassifierError: the server failed, or took longer than the timeout.
         """
-        self._ask(["probe"], top_k, patient)
+        wire.check_list(texts)
+        wanted = wire.Wanted(top_k, decisions)
+        batches = list(_chunks(texts, self.max_batch))
+        if len(batches) == 1:  # in the caller's own thread, which costs least
+            return self._classify_batch(batches[0], wanted)
+        answers = self._pipeline(batches, wanted, self._classify_batch)
+        predictions: list[Prediction] = []
+        try:
+            for batch in answers:
+                predictions += batch
+        except InvalidText as error:
+            raise wire.with_row(error, len(predictions)) from None
+        return predictions
+
+    def stream(
+        self, texts: Iterable[Text | None], top_k: int = 1, *, decisions: bool = False
+    ) -> Iterator[Prediction | Failure]:
+        """Yield an answer for each text, in the same order and in constant memory.
+
+        A text that the server refuses gets a `Failure`; the other texts of its batch are classified as usual.
+
+        Raises:
+            TypeError: as `classify`, at the call itself.
+            InvalidText: `top_k` is out of range, or the model has no decisions.
+            Unavailable, Overloaded, ClassifierError: as `classify`, but after more retries. If a gateway refuses a
+                client over its limit, the request is sent again after the time that the gateway gives.
+        """
+        wire.check_list(texts)
+        wire.check_top_k(top_k)
+        return self._stream(texts, wire.Wanted(top_k, decisions))
+
+    def _stream(self, texts: Iterable[Text | None], wanted: wire.Wanted) -> Iterator[Prediction | Failure]:
+        for batch in self._pipeline(_chunks(texts, self._fetch_max_batch(bulk=True)), wanted, self._classify_each):
+            yield from batch
+
+    def probe(self, top_k: int = 1, *, decisions: bool = False, bulk: bool = False) -> None:
+        """Classify one word, to check that the server answers and has at least `top_k` categories.
+
+        Args:
+            decisions: check that it has decisions too.
+            bulk: wait as long as `stream` does.
+        """
+        self._infer([b"probe"], wire.Wanted(top_k, decisions), bulk)
 
     @property
     def max_batch(self) -> int:
-        """How many texts the server takes in one request."""
-        return self._ask_max_batch()
+        """The server's limit of texts in one request."""
+        return self._fetch_max_batch()
 
-    def _ask_max_batch(self, patient: bool = False) -> int:
+    def fingerprints(self, *, bulk: bool = False) -> dict[int, str]:
+        """Return the fingerprint of the model behind each version that answers now, by version number.
+
+        Two servers can use the same number for different models. The result is empty if the server does not tell.
+
+        Args:
+            bulk: wait for a server as `stream` does.
+        """
+        return self.models(bulk=bulk).fingerprints
+
+    def has_decisions(self) -> bool:
+        """Return whether the model that answers now has decisions."""
+        return self.models().has_decisions
+
+    def models(self, *, bulk: bool = False) -> wire.Models:
+        """Return what the server tells of the versions that answer now, in one call."""
+        answer = self._fetch_config(bulk)
+        self._max_batch = wire.max_batch(answer)  # so that it needs no further call
+        return wire.models(answer)
+
+    def _fetch_max_batch(self, bulk: bool = False) -> int:
         if self._max_batch is None:
-            config = self._retrying(lambda: self._client.get_model_config(MODEL, self._version), patient)
-            self._max_batch = max(1, config.config.max_batch_size)
+            self._max_batch = wire.max_batch(self._fetch_config(bulk))
         return self._max_batch
 
-    def _pipeline(self, batches: Iterable[list[Any]], top_k: int, request: Any) -> Iterator[Any]:
-        """Yield the answers of the batches in order, with up to IN_FLIGHT requests under way."""
+    def _fetch_config(self, bulk: bool) -> bytes:
+        request, transport = wire.config_request(self._version), self._transport
+        return self._with_retries(
+            transport, lambda: transport.config(request, timeout=self._timeout, metadata=self._token), bulk
+        )
+
+    def _pipeline(self, batches: Iterable[list[Any]], wanted: wire.Wanted, request: Any) -> Iterator[Any]:
+        """Yield the answers to the batches in order, with up to IN_FLIGHT concurrent requests."""
         pending: deque[Future[Any]] = deque()
+        threads = self._transport.threads
         try:
             for batch in batches:
-                context = copy_context()  # of the caller: its trace goes on in the thread
-                pending.append(self._threads.submit(context.run, request, batch, top_k))
+                context = copy_context()  # so that the caller's trace continues in the thread
+                pending.append(threads.submit(context.run, request, batch, wanted))
                 if len(pending) == IN_FLIGHT:
                     yield pending.popleft().result()
             while pending:
@@ -113,51 +185,57 @@ class Classifier(Connection):
             for future in pending:
                 future.cancel()
 
-    def _request(self, texts: list[Text], top_k: int, patient: bool = False) -> list[Prediction]:
-        answers = self._ask(texts, top_k, patient)
+    def _classify_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
+        raw = wire.to_utf8_list(texts)
+        answers = self._infer(raw, wanted, bulk)
         if self._log:
-            self._log.record(texts, answers)
+            self._log.record(raw, answers)
         return answers
 
-    def _ask(self, texts: list[Text], top_k: int, patient: bool) -> list[Prediction]:
-        tensors = inputs(texts, top_k)
-        with request_span(len(texts)) as headers:
-            answer = self._retrying(
-                lambda: self._client.infer(
-                    MODEL,
-                    tensors,
-                    self._version,
-                    headers=headers,
-                    **self._limits(patient),
+    def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> list[Prediction]:
+        request, transport = wire.request_of(raw, wanted, self._version), self._transport
+        with request_span(len(raw)) as headers:
+            metadata = (*self._token, *headers.items())
+            answer = self._with_retries(
+                transport,
+                lambda: wire.check_outputs(
+                    transport.infer(self._stamped(request, bulk), timeout=self._timeout, metadata=metadata)
                 ),
-                patient,
+                bulk,
             )
-        return predictions(answer)
+        return wire.predictions(answer)
 
-    def _request_each(self, texts: list[Text | None], top_k: int) -> Answers:
-        """Classify a batch in which texts may be missing or bad."""
-        answers = iter(self._halving([text for text in texts if text is not None], top_k))
-        return [MISSING if text is None else next(answers) for text in texts]
+    def _classify_each(self, texts: list[Any], wanted: wire.Wanted) -> Answers:
+        """Classify a batch that may contain missing or bad texts."""
+        answers, good = wire.check_texts(texts)
+        found = iter(self._classify_halves(good, wanted))
+        return [next(found) if answer is None else answer for answer in answers]
 
-    def _halving(self, texts: list[Text], top_k: int) -> Answers:
-        """Classify a batch; where it is refused, halve it until each bad text stands alone."""
+    def _classify_halves(self, texts: list[bytes], wanted: wire.Wanted) -> Answers:
+        """Classify a batch. If it is refused, classify its halves, until each bad text is alone."""
         if not texts:
             return []
         try:
-            return [*self._request(texts, top_k, patient=True)]
+            return [*self._classify_batch(texts, wanted, bulk=True)]
         except InvalidText as error:
             if len(texts) == 1:
-                return [Failure(str(error))]
+                return [wire.failure(error)]
         middle = len(texts) // 2
-        return self._halving(texts[:middle], top_k) + self._halving(texts[middle:], top_k)
+        return self._classify_halves(texts[:middle], wanted) + self._classify_halves(texts[middle:], wanted)
 
-    def _retrying(self, call: Any, patient: bool = False) -> Any:
+    def _with_retries(self, transport: _Transport, call: Callable[[], bytes], bulk: bool) -> bytes:
+        since = time.monotonic()
         for attempt in itertools.count():
             try:
-                return call()
-            except InferenceServerException as error:
-                seconds = self._seconds_to_wait(error, attempt, patient)
-            time.sleep(seconds)
+                answer = call()
+            except grpc.RpcError as error:
+                seconds = self._seconds_to_wait(error, attempt, bulk, since)
+                if transport.closing.wait(seconds):
+                    raise RuntimeError("this classifier was closed") from None
+            else:
+                self._note_answer()
+                return answer
+        raise AssertionError
 
 
 def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:

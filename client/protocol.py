@@ -1,40 +1,33 @@
-"""What goes over the wire and what comes back: shared by the blocking client and its asyncio twin."""
+"""Public types of the client: predictions, errors and TLS, and the limits that both clients share."""
 
 from __future__ import annotations
 
 import os
-import random
-import secrets
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
-from tritonclient.grpc import InferenceServerException, InferInput
-from tritonclient.grpc.auth import BasicAuth
+import grpc
 
 from aisle.errors import InputError, ServerError
 
-if TYPE_CHECKING:
-    from aisle.client.traffic import TrafficLog
-
 Text = str | bytes
 MODEL = "product_classifier"
-IN_FLIGHT = 4  # requests of one caller under way at once: enough to keep the server's queue from running dry
-CALLS = 64  # of one asyncio client under way at once; the others wait here: the server's queue is for everyone
-PATIENT_RETRIES = 20  # about a minute and a half
+DECISIONS_MODEL = "product_decisions"  # the same, with decisions
+IN_FLIGHT = 4  # concurrent requests of one call: enough to keep the server's queue filled
+CALLS = 64  # concurrent requests of one asyncio client; others wait here and leave room in the server's queue
+BULK_RETRIES = 20  # they take about a minute
+PATIENCE = 60.0  # seconds after which the client gives up on a server that never answered
 CHANNEL = [
-    # Triton's own limits: messages of any size, so that a batch of long texts fits.
+    # No limit on the size of messages, as in Triton, so that a batch of long texts fits.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Where the name has several addresses, each is a server, and each request goes to the next that is reachable.
+    # If the name has several addresses, each request goes to the next server that is reachable.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    # Reconnect within seconds of a server's return; by default gRPC waits longer after each attempt.
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Channels to one address share a connection by default. After a fork, the child would share its parent's.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
-# Triton's Python backend says so to a whole batch if a string tensor in it is cut short; ours never is, another's was.
-SPOILT = "incomplete string data"
-LOST = "but got 0 inputs for model"  # said of the labeler where an encoder that hangs came back with nothing
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,12 @@ class Prediction:
     categories: tuple[str, ...]
     confidences: tuple[float, ...]
     version: int = 0  # of the model that answered
+    unknown: float = 0.0  # share of the text's tokens that the model does not know
+    # The following are None unless decisions were asked for.
+    decision: str | None = None  # accept, review or unknown
+    decided: str | None = None  # the accepted category; its parent if only that is sure; otherwise ""
+    prediction_set: tuple[str, ...] | None = None  # categories, one of which is correct at the fitted rate
+    energy: float | None = None  # the higher, the less the text resembles those of known categories
 
     @property
     def category(self) -> str:
@@ -56,7 +55,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands in the place of a `Prediction` where the server refused one text of many."""
+    """Takes the place of a `Prediction` if the server refused one text of many."""
 
     message: str
 
@@ -66,7 +65,7 @@ MISSING = Failure("text is missing; send a string")
 
 @dataclass(frozen=True)
 class TLS:
-    """PEM files: the authority to trust (the system's by default) and, for mutual TLS, the client's own pair."""
+    """PEM files: the authority to trust (by default the system's); the client's key and certificate for mutual TLS."""
 
     root_certificates: Path | None = None
     private_key: Path | None = None
@@ -80,31 +79,49 @@ class TLS:
         )
         return TLS(ca, key, chain) if ca or key or chain or os.environ.get("AISLE_TLS") == "1" else None
 
-    def arguments(self) -> dict[str, Any]:
-        """Return what tritonclient calls these."""
-        files = {
-            "root_certificates": self.root_certificates,
-            "private_key": self.private_key,
-            "certificate_chain": self.certificate_chain,
-        }
-        for path in files.values():
-            if path is not None and not path.is_file():
-                raise InputError(f"{path}: no such file")
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return gRPC's credentials.
+
+        Raises:
+            InputError: a file cannot be read, or only one of key and certificate is given.
+        """
         if (self.private_key is None) != (self.certificate_chain is None):
             raise InputError("mutual TLS needs both the private key and the certificate")
-        return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
+        return grpc.ssl_channel_credentials(
+            *map(_pem, (self.root_certificates, self.private_key, self.certificate_chain))
+        )
+
+
+def _pem(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class ClassifierError(ServerError):
-    """The server answered with an error; `status` is gRPC's name for it, as DEADLINE_EXCEEDED."""
+    """The server answered with an error. `status` is gRPC's name for it, such as DEADLINE_EXCEEDED.
 
-    def __init__(self, status: str, message: str) -> None:
+    `wait` is the number of seconds after which the server asks to try again; 0 if it does not say.
+    """
+
+    def __init__(self, status: str, message: str, wait: float = 0.0) -> None:
         super().__init__(f"{status}: {message}" if status else message)
         self.status = status
+        self.wait = wait
 
 
 class InvalidText(InputError):
-    """The server cannot classify what was sent (INVALID_ARGUMENT); the message says what to change."""
+    """The server cannot classify the request (INVALID_ARGUMENT); the message says what to change.
+
+    `row` is the row of the bad text in the caller's list, counted from 0; None if no single text is at fault.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class Unavailable(ClassifierError):
@@ -112,139 +129,8 @@ class Unavailable(ClassifierError):
 
 
 class Overloaded(ClassifierError):
-    """More requests were waiting than the server lets, which it said at once. Ask again later."""
+    """The server's queue is full, so it refused the request immediately. Try again later."""
 
 
-def inputs(texts: Sequence[str | bytes], top_k: int) -> list[InferInput]:
-    """Return the request's tensors: `text` BYTES [n, 1] and, unless it is 1, `top_k` INT32 [n, 1].
-
-    Raises:
-        InvalidText: a string holds lone surrogates and so has no UTF-8 form, or `top_k` is no 32-bit number.
-    """
-    try:
-        raw = [text.encode() if isinstance(text, str) else text for text in texts]
-    except UnicodeEncodeError:
-        raise InvalidText("text is not valid Unicode: it holds lone surrogates; remove them") from None
-    text = InferInput("text", [len(raw), 1], "BYTES")
-    text.set_data_from_numpy(np.array(raw, np.object_).reshape(-1, 1))
-    if top_k == 1:
-        return [text]
-    if not -(2**31) <= top_k < 2**31:
-        raise InvalidText(f"top_k must be from 1 to the number of categories; got {top_k}")
-    k = InferInput("top_k", [len(raw), 1], "INT32")
-    k.set_data_from_numpy(np.full((len(raw), 1), top_k, np.int32))
-    return [text, k]
-
-
-def predictions(result: Any) -> list[Prediction]:
-    """Read `category` and `confidence`, both [n, k], and which version answered.
-
-    That is the version of the response or, while a candidate answers some requests, what the output `version` says.
-    """
-    categories = result.as_numpy("category")
-    confidences = result.as_numpy("confidence")
-    tried = result.as_numpy("version")
-    version = int(result.get_response().model_version if tried is None else tried[0, 0])
-    return [
-        Prediction(tuple(name.decode() for name in names), tuple(values), version)
-        for names, values in zip(categories, confidences.tolist(), strict=True)
-    ]
-
-
-def translate(error: InferenceServerException) -> Exception:
-    """Return the exception that callers see."""
-    status = str(error.status() or "").removeprefix("StatusCode.")
-    message = str(error.message() or "").removeprefix(f"in ensemble '{MODEL}', ")  # the caller named it
-    passing = any(each in message for each in (SPOILT, LOST, "is not healthy", "has no available versions"))
-    if status == "INVALID_ARGUMENT" and not passing:
-        return InvalidText(message)
-    if "Exceeds maximum queue size" in message:
-        return Overloaded(status, message)
-    # A step's process has died and is being started again; the last model is being unloaded by a server that stops.
-    if status == "UNAVAILABLE" or passing:
-        return Unavailable(status, message)
-    return ClassifierError(status, message)
-
-
-class Connection:
-    """What the blocking client and its asyncio twin share: how to reach the server, and when to ask again."""
-
-    _transport: ClassVar[Any]  # tritonclient's class
-
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        timeout: float = 10.0,
-        retries: int = 4,
-        tls: TLS | None = None,
-        token: str = "",
-        model_version: str = "",
-        log: TrafficLog | None = None,
-    ) -> None:
-        """Name the server; the first call connects.
-
-        Args:
-            url: host:port of its gRPC endpoint. Where the name has several addresses, as that of a headless service,
-                requests take turns among them; `ipv4:10.0.0.1:8001,10.0.0.2:8001` lists them.
-            timeout: seconds that one request may take.
-            retries: how often a request is sent again when no server answers (UNAVAILABLE); nothing else is retried.
-            tls: encrypt the connection.
-            token: ``NAME:SECRET``, which a gateway that tells clients apart knows this one by.
-            model_version: the version to ask for; by default the server's latest.
-            log: gets a line for each answer; whoever opened it closes it.
-
-        Raises:
-            InputError: a file of `tls` is missing, or `token` is of another form or would travel in the clear.
-        """
-        if token and ":" not in token:
-            raise InputError("the token must be NAME:SECRET")
-        if token and tls is None:
-            raise InputError("a token is sent over TLS alone; name the server's authority (AISLE_TLS_CA)")
-        self._timeout = timeout
-        self._wait_us = max(1, int(timeout * 1e6))
-        self._name = secrets.token_hex(8)
-        self._retries = retries
-        self._version = model_version
-        self._log = log
-        self._client = self._transport(url, channel_args=CHANNEL, **(tls.arguments() if tls else {}))
-        if token:
-            self._client.register_plugin(BasicAuth(*token.split(":", 1)))
-        self._max_batch: int | None = None
-
-    @classmethod
-    def from_environment(cls, url: str, *, timeout: float = 10.0, log: TrafficLog | None = None) -> Self:
-        """Connect as the commands do: TLS as `TLS.from_environment`, the token from AISLE_TOKEN.
-
-        Raises:
-            InputError: as the constructor.
-        """
-        token = os.environ.get("AISLE_TOKEN", "")
-        return cls(url, timeout=timeout, tls=TLS.from_environment(), token=token, log=log)
-
-    def _limits(self, patient: bool) -> dict[str, Any]:
-        """Return what tritonclient's `infer` is told of the time that a request may take, from now on.
-
-        A request that waits longer is dropped by the encoder before its turn: it is told when the request was sent, by
-        a clock that need not be the server's.
-        """
-        parameters = {"caller": self._name, "sent_us": time.time_ns() // 1000, "wait_us": self._wait_us}
-        if patient:
-            parameters["patient"] = True  # computed when no call that someone waits for is left
-        return {"client_timeout": self._timeout, "parameters": parameters}
-
-    def _seconds_to_wait(self, error: InferenceServerException, attempt: int, patient: bool = False) -> float:
-        """Return how long to wait before the next try, or raise what the caller shall see.
-
-        Exponential backoff with full jitter; `attempt` counts from 0. A server that is overloaded is left alone by
-        callers who wait for their answer: their retries would be the next overload. Whole files can wait for it, and
-        for one that is being started again.
-        """
-        translated = translate(error)
-        late = isinstance(translated, ClassifierError) and translated.status == "DEADLINE_EXCEEDED"
-        again = isinstance(translated, Unavailable) or (patient and (late or isinstance(translated, Overloaded)))
-        if not again or attempt >= (
-            max(self._retries, PATIENT_RETRIES) if patient and self._retries else self._retries
-        ):
-            raise translated from None
-        return random.uniform(0, min(8.0 if patient else 2.0, 0.1 * 2**attempt))
+class UnknownVersion(ClassifierError, InputError):
+    """The version that `model_version` names is not loaded."""

@@ -1,22 +1,24 @@
-"""The traffic log: what was answered and how surely, for `aisle drift` and `aisle review`; no texts unless asked.
+"""The traffic log: categories and confidences of answers, for `aisle drift` and `aisle review`. Texts are optional.
 
-A JSON object a line:
+Each line is a JSON object:
 
-    {"time": "2026-11-24T08:18:42Z", "category": "水果", "confidence": 0.9312, "length": 12}   an answer
-    {"time": "2026-11-24T08:19:03Z", "texts": 1000, "words": {"17": 2, "59120": 14, …}}         the words of many
+    {"time": "2026-11-24T08:18:42Z", "category": "水果", "confidence": 0.9312, "length": 12}   one answer
+    {"time": "2026-11-24T08:19:03Z", "texts": 1000, "words": {"17": 2, "59120": 14, …}}         words of many texts
 
-Of the words there are only counts over many texts together, by bucket (`aisle.preprocess.vocabulary`): enough to tell
-how many are new to any checkpoint, then or later, and no text can be put together from them. A line of hashes for each
-text would not do: characters and words are few, so whoever knows the salt, as a reader of the log must, can look them
-up. For the same reason there is no hash of a whole text.
+Words are counted over many texts together, by bucket (`aisle.preprocess.vocabulary`). The counts show how many words
+are new to a checkpoint, and no text can be rebuilt from them. Hashes of the words of each text would not be safe: there
+are few words, so a reader of the log, who must know the salt, could find them by trying. For the same reason the log
+holds no hash of a whole text.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,42 +27,49 @@ from typing import Any, Self
 
 from aisle.client.protocol import Prediction
 from aisle.errors import InputError
-from aisle.preprocess.clean import TextError, prepare
+from aisle.preprocess.clean import prepare
+from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import count
 
-TEXTS = 1000  # whose words are counted together
-LEAST = 100  # with fewer, the counts would tell too much of each; they are not written
+TEXTS = 1000  # texts whose words are counted together
+LEAST = 100  # counts over fewer texts are not written, because they would reveal too much of each text
+_logs: weakref.WeakSet[TrafficLog] = weakref.WeakSet()
 
 
 class TrafficLog:
-    """Appends a line for each answer. One instance may be shared by threads and clients, one file by processes.
+    """Appends a line for each answer. Threads and clients may share an instance, and processes may share a file.
 
     with TrafficLog(Path("traffic.jsonl")) as log, Classifier("localhost:8001", log=log) as classifier:
         ...
     """
 
     def __init__(self, path: Path, keep_text: bool = False) -> None:
-        """Open the log; what is there stays.
+        """Open the log for appending.
 
         Args:
-            path: a .jsonl file; only its owner can read it if it is new.
-            keep_text: keep the texts too, cleaned, and without the personal data that can be recognized.
+            path: a .jsonl file. A new file can be read by its owner only.
+            keep_text: log the texts too, cleaned and with recognized personal data replaced.
 
         Raises:
             InputError: the file cannot be written, or is not named .jsonl.
         """
         if path.suffix.lower() != ".jsonl":
-            raise InputError(f"{path}: a traffic log is JSON lines; name it .jsonl")
+            raise InputError(f"{path}: a traffic log holds JSON lines; name it .jsonl")
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
         self._path = path
         self._keep_text = keep_text
+        self._failed = False
+        self._begin()
+        _logs.add(self)
+
+    def _begin(self) -> None:
+        """Reset the lock and the counts, at the start and in a child process, whose parent writes its own counts."""
         self._lock = threading.Lock()
         self._texts = 0
         self._words: Counter[int] = Counter()
-        self._failed = False
 
     def __enter__(self) -> Self:
         return self
@@ -75,13 +84,13 @@ class TrafficLog:
             os.close(self._file)
 
     def record(self, texts: Sequence[str | bytes], predictions: Sequence[Prediction]) -> None:
-        """Append the answers to some texts. A full disk loses lines, never answers: it is a warning, once."""
+        """Append the answers to some texts. If writing fails, lines are lost and a warning is logged once."""
         now = _now()
         rows, cleaned = [], []
         for raw, prediction in zip(texts, predictions, strict=True):
             try:
                 text = prepare(raw)
-            except TextError:  # a server of another version took it
+            except TextError:  # a server of another version accepted it
                 continue
             row: dict[str, Any] = {"time": now, "category": prediction.category}
             row["confidence"] = round(prediction.confidence, 6)
@@ -106,14 +115,32 @@ class TrafficLog:
         return row
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        """Write rows in one call, so that the lines of several processes do not run into each other."""
+        """Write rows in one call, so that lines of several processes are not mixed."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         try:
-            os.write(self._file, data)
+            written = os.write(self._file, data)
+            if written < len(data):
+                self._cut(data[:written])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._failed:
                 logging.getLogger(__name__).warning("cannot write %s: %s", self._path, error.strerror)
             self._failed = True
+
+    def _cut(self, written: bytes) -> None:
+        """Remove an incomplete last line, which no command could read, unless another process has written after it."""
+        end = os.lseek(self._file, 0, os.SEEK_CUR)
+        if os.fstat(self._file).st_size == end:
+            os.ftruncate(self._file, end - len(written) + written.rfind(b"\n") + 1)
+
+
+def _after_fork_in_child() -> None:
+    for log in _logs:
+        log._begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _now() -> str:

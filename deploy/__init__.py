@@ -1,1 +1,1 @@
-"""How Aisle runs: a local Triton here, containers and Kubernetes in the files beside."""
+"""How Aisle runs: code around a local Triton, and files for containers and Kubernetes."""

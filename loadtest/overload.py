@@ -1,4 +1,4 @@
-"""What a server does with more than it can serve: an open loop, whose callers come whether or not others wait."""
+"""Measure how a server behaves when it gets more requests than it can serve, in an open load."""
 
 from __future__ import annotations
 
@@ -6,142 +6,103 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from aisle.client import AsyncClassifier, ClassifierError, Overloaded
-from aisle.errors import InputError
-from aisle.preprocess.clean import TextError, prepare
-from aisle.preprocess.table import read_labelled
+from aisle.client import AsyncClassifier, Overloaded
+from aisle.errors import InputError, ServerError
+from aisle.loadtest.generator import Load, closed, open_loop, percentile
+from aisle.preprocess.clean import prepare
+from aisle.preprocess.tables.table import read_labelled
+from aisle.preprocess.values import TextError
 
 CAPACITY_CALLERS = 64  # enough to fill every batch
-CLIENTS = 16  # each holds some calls back, as it should; strangers do not wait for each other
-
-
-@dataclass
-class Phase:
-    """What became of the calls of one phase: seconds of the answered ones, and counts of the others."""
-
-    answered: list[float] = field(default_factory=list)
-    refused: list[float] = field(default_factory=list)
-    failed: int = 0
-    seconds: float = 0.0
-    cores: float = 0.0  # that sending took, of this process
-
-    def figures(self) -> dict[str, Any]:
-        def p99(times: list[float]) -> float | None:
-            return round(float(np.percentile(times, 99)) * 1e3, 1) if times else None
-
-        return {
-            "sent_per_second": round((len(self.answered) + len(self.refused) + self.failed) / self.seconds, 1),
-            "texts_per_second": round(len(self.answered) / self.seconds, 1),
-            "p50_ms": round(float(np.median(self.answered)) * 1e3, 1) if self.answered else None,
-            "p99_ms": p99(self.answered),
-            "refused": len(self.refused),
-            "refused_p99_ms": p99(self.refused),
-            "failed": self.failed,
-            "sender_cores": round(self.cores, 2),
-        }
+CLIENTS = 16  # each client limits its own calls under way, so a single client would not be an open load
 
 
 def overload(data: Path, text_column: str, url: str, times: float, seconds: int) -> dict[str, Any]:
-    """Measure one caller, one beside a file, as many as fill the server, `times` that rate, and one; `seconds` each.
+    """Measure five phases of `seconds` each.
 
-    Every text is sent once more with another ending, so that the response cache does not answer it. Where
-    `sent_per_second` of the overload stays below `offered_per_second`, this process is the slow one, and its latencies
-    say nothing of the server. On the server's own machine, `sender_cores` are what the sending takes from it.
+    The phases are: one caller; one caller beside a file; enough callers to fill the server; an open load of `times`
+    that throughput; and one caller again. Latencies of the open load count from the scheduled times of the calls.
+
+    Each text gets a new ending, so the response cache does not answer it. If `sent_per_second` of the overload is below
+    `offered_per_second`, this process is too slow, and the latencies include its own delay. `sender_cores` is the CPU
+    time of sending; if sender and server share a machine, the server has that much less.
 
     Raises:
         InputError: the table has no text that can be classified.
         ClassifierError: no server answers.
+        ServerError: no call of the callers that fill the server was answered.
     """
     texts = [text for text, _ in read_labelled(data, text_column, text_column) if text and _usable(text)]
     if not texts:
         raise InputError(f"{data} has no text that can be classified")
-    random.Random(0).shuffle(texts)  # in a table sorted by category each phase would get texts of other lengths
-    return asyncio.run(_overload(texts, url, times, seconds))
+    random.Random(0).shuffle(texts)  # in a table sorted by category, the phases would get texts of different lengths
+    return asyncio.run(_phases(texts, url, times, seconds))
 
 
-async def _overload(texts: list[str], url: str, times: float, seconds: int) -> dict[str, Any]:
-    numbers = itertools.count(time.time_ns() // 1000)
+async def _phases(texts: Sequence[str], url: str, times: float, seconds: int) -> dict[str, Any]:
+    numbered = _numbered(texts)
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(AsyncClassifier(url, retries=0)) for _ in range(CLIENTS)]
         await clients[0].classify(["warm-up"])
+        in_turn = itertools.cycle(clients)
 
-        def new() -> str:
-            number = next(numbers)
-            return f"{texts[number % len(texts)]} {number}"
+        async def call(text: str) -> None:
+            await clients[0].classify([text])
 
-        async def call(phase: Phase, client: AsyncClassifier = clients[0]) -> None:
-            start = time.perf_counter()
-            try:
-                await client.classify([new()])
-                phase.answered.append(time.perf_counter() - start)
-            except Overloaded:
-                phase.refused.append(time.perf_counter() - start)
-            except ClassifierError:
-                phase.failed += 1
+        async def call_in_turn(text: str) -> None:
+            await next(in_turn).classify([text])
 
-        def end(phase: Phase, start: float, work: float) -> Phase:
-            phase.seconds = time.perf_counter() - start
-            phase.cores = (time.process_time() - work) / phase.seconds
-            return phase
+        async def callers(count: int) -> Load:
+            return await closed(call, numbered, count, seconds, Overloaded)
 
-        async def closed(callers: int) -> Phase:
-            """Each caller asks again as soon as it has its answer."""
-            phase, start, work = Phase(), time.perf_counter(), time.process_time()
+        unloaded = await callers(1)
+        file = asyncio.create_task(_send_file(url, numbered))
+        beside = await callers(1)
+        file.cancel()
+        await asyncio.wait([file])
+        capacity = await callers(CAPACITY_CALLERS)
+        if not capacity.latencies:
+            raise ServerError(f"no call of {CAPACITY_CALLERS} callers was answered; is the server up?")
+        rate = times * capacity.texts_per_second
+        over = await open_loop(call_in_turn, numbered, rate, seconds, refusal=Overloaded)
+        after = await callers(1)
+    phases = {"unloaded": unloaded, "beside_file": beside, "capacity": capacity, "overload": over, "after": after}
+    return {"offered_per_second": round(rate, 1), **{name: figures(load) for name, load in phases.items()}}
 
-            async def ask() -> None:
-                while time.perf_counter() - start < seconds:
-                    await call(phase)
 
-            await asyncio.gather(*(ask() for _ in range(callers)))
-            return end(phase, start, work)
+def _numbered(texts: Sequence[str]) -> Iterator[str]:
+    """Yield the texts endlessly, each time with another ending."""
+    for number in itertools.count(time.time_ns() // 1000):
+        yield f"{texts[number % len(texts)]} {number}"
 
-        async def open_loop(rate: float) -> Phase:
-            """Callers come at a steady rate, as on a street."""
-            phase, start, work, tasks = Phase(), time.perf_counter(), time.process_time(), set()
-            for number in itertools.count():
-                late = start + number / rate - time.perf_counter()
-                if number / rate > seconds:
-                    break
-                if late > 0 or number % 16 == 0:
-                    await asyncio.sleep(max(0.0, late))
-                task = asyncio.create_task(call(phase, clients[number % CLIENTS]))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            end(phase, start, work)
-            await asyncio.gather(*tasks)
-            return phase
 
-        async def file() -> None:
-            async with (
-                AsyncClassifier(url) as client,
-                aclosing(client.stream(new() for _ in itertools.count())) as rows,
-            ):
-                async for _ in rows:
-                    pass
+async def _send_file(url: str, texts: Iterator[str]) -> None:
+    """Stream texts, as for a file, until cancelled."""
+    async with AsyncClassifier(url) as client, aclosing(client.stream(texts)) as rows:
+        async for _ in rows:
+            pass
 
-        unloaded = await closed(1)
-        bulk = asyncio.create_task(file())
-        beside = await closed(1)
-        bulk.cancel()
-        await asyncio.wait([bulk])
-        capacity = await closed(CAPACITY_CALLERS)
-        rate = times * len(capacity.answered) / capacity.seconds
-        over = await open_loop(rate)
-        after = await closed(1)
+
+def figures(load: Load) -> dict[str, Any]:
+    """Return the figures of a phase; latencies are None if no call was answered (or refused)."""
+
+    def milliseconds(times: Sequence[float], percent: float) -> float | None:
+        return round(1e3 * percentile(times, percent), 1) if times else None
+
     return {
-        "offered_per_second": round(rate, 1),
-        "unloaded": unloaded.figures(),
-        "beside_file": beside.figures(),
-        "capacity": capacity.figures(),
-        "overload": over.figures(),
-        "after": after.figures(),
+        "sent_per_second": round(load.sent_per_second, 1),
+        "texts_per_second": round(load.texts_per_second, 1),
+        "p50_ms": milliseconds(load.latencies, 50),
+        "p99_ms": milliseconds(load.latencies, 99),
+        "refused": len(load.refusals),
+        "refused_p99_ms": milliseconds(load.refusals, 99),
+        "failed": load.failures,
+        "sender_cores": round(load.cores, 2),
     }
 
 

@@ -1,8 +1,8 @@
-"""Augmentation: training texts varied anew in each epoch, so that a model learns what does not matter.
+"""Augmentation: vary the training texts in each epoch, so that a model learns to ignore what does not matter.
 
-Each technique is an object with one method. All are label-safe: the names of products, which tell the category, are
-never deleted or masked, and a change that lets the name of another product appear is undone. Labels are not seen here,
-and evaluation texts never come here.
+Each technique is an object with one method. All are label-safe: product names decide the category, so they are never
+deleted or masked, and a change that creates the name of another product is undone. Labels are not used here, and
+evaluation texts are never augmented.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Protocol
 
 from aisle.errors import InputError
-from aisle.preprocess.clean import TextError, prepare
+from aisle.preprocess.clean import prepare
 from aisle.preprocess.encode import MASK
+from aisle.preprocess.han import HAN
+from aisle.preprocess.values import TextError
 
-FEWEST = 4  # words or Chinese characters; of fewer, none can be spared
+FEWEST = 4  # words or Chinese characters; a text with fewer is not changed
 DELETED = SWAPPED = 0.1  # share of them (alpha in Wei and Zou 2019)
 MASKED = 0.15  # as in BERT
-MISTYPED = 0.05  # share of the characters that have a double
+MISTYPED = 0.05  # share of the characters that can be mistaken for another
 
 with Path(__file__).with_name("lexicon.toml").open("rb") as _file:
     LEXICON: dict[str, list[list[str]]] = {
@@ -33,12 +35,11 @@ with Path(__file__).with_name("lexicon.toml").open("rb") as _file:
     }
 PRODUCTS = {word.casefold(): group[0] for group in LEXICON["products"] for word in group}
 
-_HAN = "\u3400-\u9fff"
-_LETTER = rf"[^\W{_HAN}]"  # or digit, of any other script
+_LETTER = rf"[^\W{HAN}]"  # a letter or digit of any script but Chinese
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """Return a pattern of words, the longest first; a Latin letter or digit at their ends ends a text's word too."""
+    """Return a pattern of words, the longest first. ASCII words match whole words only."""
     longest_first = sorted({word.casefold() for word in words}, key=lambda word: (-len(word), word))
     return "|".join(
         (rf"(?<!{_LETTER})" if word[0].isascii() else "")
@@ -49,7 +50,7 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 _PRODUCT = re.compile(_any_of(PRODUCTS), re.I)
-_WORD = rf"[{_HAN}]|{_LETTER}+(?:[.,]\d{_LETTER}*)*"  # 2.5kg is one word
+_WORD = rf"[{HAN}]|{_LETTER}+(?:[.,]\d{_LETTER}*)*"  # 2.5kg is one word
 _UNIT = re.compile(rf"(?P<product>{_PRODUCT.pattern})|(?P<word>{_WORD})|\s+|.", re.I | re.S)
 
 
@@ -59,27 +60,28 @@ class Technique(Protocol):
     name: str
 
     def __call__(self, text: str, rng: random.Random) -> str:
-        """Return a cleaned text varied, or as it was where the technique does not apply."""
+        """Return a varied copy of a cleaned text, or the text itself if the technique does not apply."""
 
 
 def split(text: str) -> tuple[list[str], list[int]]:
-    """Return the pieces of a text, in order, and the numbers of those that can be spared.
+    """Return the pieces of a text, in order, and the indices of the words, which may be changed.
 
-    A piece is the name of a product, one Chinese character, one word of another script, or what lies between.
+    A piece is a product name, one Chinese character, one word of another script, or the characters between them.
+    Chinese characters outside product names count as words.
     """
     found = list(_UNIT.finditer(text))
     return [each[0] for each in found], [i for i, each in enumerate(found) if each["word"]]
 
 
 def products(text: str) -> set[str]:
-    """Return the products that a text names, each by the first of its names."""
+    """Return the products that a text names; the first name of a product stands for all its names."""
     return {PRODUCTS[word.casefold()] for word in _PRODUCT.findall(text)}
 
 
 def _accept(text: str, changed: str, *, mistyped: bool = False) -> str:
-    """Return `changed`, cleaned, or `text` where it is no valid text any more or names other products.
+    """Return `changed`, cleaned, or `text` if the change made it invalid or changed the products that it names.
 
-    Only where it is `mistyped` may the name of a product no longer be one.
+    If the change is a typing error (`mistyped`), a product name may be lost, but none may appear.
     """
     try:
         changed = prepare(changed)
@@ -90,7 +92,7 @@ def _accept(text: str, changed: str, *, mistyped: bool = False) -> str:
 
 
 def _some(rng: random.Random, items: Sequence[int], share: float) -> list[int]:
-    """Return a random share of the items, one at least."""
+    """Return a random share of the items, at least one."""
     return rng.sample(items, max(1, round(share * len(items))))
 
 
@@ -100,52 +102,52 @@ class Delete:
     name = "delete"
 
     def __call__(self, text: str, rng: random.Random) -> str:
-        pieces, spare = split(text)
-        if len(spare) < FEWEST:
+        pieces, words = split(text)
+        if len(words) < FEWEST:
             return text
-        for i in _some(rng, spare, DELETED):
+        for i in _some(rng, words, DELETED):
             pieces[i] = ""
         return _accept(text, "".join(pieces))
 
 
 class Swap:
-    """Random swap (Wei and Zou 2019), of neighbours: the Chinese reader's eye forgives that, as in 研表究明."""
+    """Random swap of neighbours (Wei and Zou 2019). Chinese readers hardly notice it, as in 研表究明."""
 
     name = "swap"
 
     def __call__(self, text: str, rng: random.Random) -> str:
-        pieces, spare = split(text)
-        if len(spare) < FEWEST:
+        pieces, words = split(text)
+        if len(words) < FEWEST:
             return text
-        for i in _some(rng, range(1, len(spare)), SWAPPED):
-            a, b = spare[i - 1], spare[i]
+        for i in _some(rng, range(1, len(words)), SWAPPED):
+            a, b = words[i - 1], words[i]
             pieces[a], pieces[b] = pieces[b], pieces[a]
         return _accept(text, "".join(pieces))
 
 
 class MaskSpans:
-    """Spans of mask tokens, their lengths drawn as in SpanBERT (Joshi et al. 2020): geometric, 10 at most."""
+    """Mask spans of words. Their lengths are geometric, at most 10, as in SpanBERT (Joshi et al. 2020)."""
 
     name = "mask"
 
     def __call__(self, text: str, rng: random.Random) -> str:
-        pieces, spare = split(text)
-        if len(spare) < FEWEST:
+        pieces, words = split(text)
+        if len(words) < FEWEST:
             return text
-        left = max(1, round(MASKED * len(spare)))
+        left = max(1, round(MASKED * len(words)))
         while left > 0:
             length = 1
             while length < min(left, 10) and rng.random() > 0.2:
                 length += 1
-            start = rng.randrange(len(spare) - length + 1)
-            for i in spare[start : start + length]:
+            start = rng.randrange(len(words) - length + 1)
+            for i in words[start : start + length]:
                 pieces[i] = MASK
             left -= length
         return _accept(text, "".join(pieces))
 
 
 class Replace:
-    """Words give way to others of their group in the lexicon, the same word to the same one throughout a text."""
+    """Replace words by others of their group in the lexicon. All occurrences of a word get the same replacement."""
 
     def __init__(self, name: str, groups: Sequence[Sequence[str]]) -> None:
         self.name = name
@@ -155,7 +157,7 @@ class Replace:
             if len(group) > 1
             for word in group
         }
-        # Product names match too, so that no part of one is replaced.
+        # Product names match too, so that no part of a product name is replaced.
         self._pattern = re.compile(_any_of([*self._others, *PRODUCTS]), re.I)
 
     def __call__(self, text: str, rng: random.Random) -> str:
@@ -168,68 +170,68 @@ class Replace:
 
 @dataclass
 class Mistype:
-    """Characters give way to others that are easily taken for them; `doubles` tells which."""
+    """Replace characters by others that are easily mistaken for them; `confusable` returns these for each character."""
 
     name: str
-    doubles: Callable[[], dict[str, str]]
+    confusable: Callable[[], dict[str, str]]
 
     def __call__(self, text: str, rng: random.Random) -> str:
-        doubles = self.doubles()
-        places = [i for i, character in enumerate(text) if character in doubles]
+        others = self.confusable()
+        places = [i for i, character in enumerate(text) if character in others]
         if not places:
             return text
         characters = list(text)
         for i in _some(rng, places, MISTYPED):
-            characters[i] = rng.choice(doubles[characters[i]])
+            characters[i] = rng.choice(others[characters[i]])
         return _accept(text, "".join(characters), mistyped=True)
 
 
 @cache
 def homophones() -> dict[str, str]:
-    """Return the common characters that are typed as each common character is, tones aside."""
+    """Return, for each common character, the others with the same pinyin without tones."""
     from pypinyin import lazy_pinyin
 
-    # The first level of GB 2312: the 3,755 characters of common use, by code 0xB0A1 to 0xD7F9.
+    # The first level of GB 2312 has the 3,755 most common characters, at codes 0xB0A1 to 0xD7F9.
     codes = (bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
     common = [character for code in codes if (character := code.decode("gb2312", "ignore"))]
     sounds = defaultdict(list)
     for character in common:
         sounds[lazy_pinyin(character)[0]].append(character)
-    return _doubles(sounds.values())
+    return _others_in_group(sounds.values())
 
 
 @cache
 def lookalikes() -> dict[str, str]:
-    """Return the characters that look like each one."""
-    return _doubles(LEXICON["lookalikes"])
+    """Return, for each character, the others that look like it."""
+    return _others_in_group(LEXICON["lookalikes"])
 
 
-def _doubles(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+def _others_in_group(groups: Iterable[Sequence[str]]) -> dict[str, str]:
     found = {each: "".join(other for other in group if other != each) for group in groups for each in group}
     return {character: others for character, others in found.items() if others}
 
 
 class LoseSpaces:
-    """Spaces that were not typed: each falls away with even chances."""
+    """Drop spaces, each with probability 1/2."""
 
     name = "spaces"
 
     def __call__(self, text: str, rng: random.Random) -> str:
         places = [i for i, character in enumerate(text) if character == " "]
-        gone = set(_some(rng, places, 0.5)) if places else set()
-        return _accept(text, "".join(character for i, character in enumerate(text) if i not in gone), mistyped=True)
+        dropped = set(_some(rng, places, 0.5)) if places else set()
+        return _accept(text, "".join(character for i, character in enumerate(text) if i not in dropped), mistyped=True)
 
 
 class ChangeWidths:
-    """What scanners and input methods make of wide characters, as far as cleaning does not undo it.
+    """Change widths as scanners and input methods do.
 
-    Full-width letters and digits are folded by cleaning. What is left: Chinese punctuation in half width, and a run of
-    characters set wide and so read with spaces between.
+    Cleaning folds full-width letters and digits, so only two changes remain: Chinese punctuation in half width, and a
+    run of Chinese characters with spaces between them.
     """
 
     name = "width"
     _narrow = str.maketrans("。、“”‘’「」『』—", '.,""\'\'""""-')
-    _run = re.compile(rf"[{_HAN}]{{2,8}}")
+    _run = re.compile(rf"[{HAN}]{{2,8}}")
 
     def __call__(self, text: str, rng: random.Random) -> str:
         runs = list(self._run.finditer(text))
@@ -257,34 +259,34 @@ TECHNIQUES: dict[str, Technique] = {
         ChangeWidths(),
     )
 }
-DEFAULT: tuple[str, ...] = ()  # those that the ablation showed to help
+DEFAULT: tuple[str, ...] = ()  # the techniques that an ablation showed to help: none
 
 
 class Augmenter:
-    """Varies training texts: text i of an epoch always comes out the same for a seed."""
+    """Varies training texts. The result for text i in an epoch depends on the seed alone."""
 
     def __init__(self, names: Sequence[str], seed: int, rate: float) -> None:
         """Take techniques by name.
 
         Args:
             names: keys of TECHNIQUES.
-            seed: of all choices.
-            rate: the probability that a text is varied, by one technique that applies to it.
+            seed: of the random choices.
+            rate: the probability that a text is varied. One technique that applies to the text is used.
 
         Raises:
             InputError: there is no such technique, or the rate is no probability.
         """
         unknown = sorted(set(names) - TECHNIQUES.keys())
         if unknown:
-            raise InputError(f"no augmentation is called {unknown[0]!r}; there are: {', '.join(TECHNIQUES)}")
+            raise InputError(f"there is no augmentation {unknown[0]!r}; choose from {', '.join(TECHNIQUES)}")
         if not 0 <= rate <= 1:
-            raise InputError(f"an augmentation rate of {rate:g} is no probability; give 0 to 1")
+            raise InputError(f"the augmentation rate {rate:g} is not a probability; give a number from 0 to 1")
         self._techniques = [TECHNIQUES[name] for name in names]
         self._seed = seed
         self._rate = rate
 
     def texts(self, texts: Sequence[str], epoch: int) -> list[str]:
-        """Return the cleaned texts as they are to be learnt from in an epoch."""
+        """Return the texts of an epoch: cleaned texts, some of them varied."""
         return [self._vary(text, random.Random(f"{self._seed} {epoch} {i}")) for i, text in enumerate(texts)]
 
     def _vary(self, text: str, rng: random.Random) -> str:
@@ -298,9 +300,9 @@ class Augmenter:
 
 
 def floor_rows(labels: Sequence[str], floor: int) -> list[int]:
-    """Return every row's number, and those of rarer classes again and again until each class has `floor` of them.
+    """Return the row numbers, with rows of rarer classes repeated until each class has at least `floor` rows.
 
-    The rows of a class are repeated evenly: none once more than another but for the last round, drawn at random.
+    All rows of a class are repeated equally often, except in the last round, whose rows are drawn at random.
     """
     rows: dict[str, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):

@@ -3,66 +3,84 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from aisle.errors import InputError
-
-MAX_TOKENS = 128  # of one text, [CLS] and [SEP] included, unless tokenizer.json sets its own truncation
+from aisle.preprocess import MAX_TOKENS, fast
+from aisle.preprocess.fast import Ragged
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-MULTILINGUAL = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]  # the same, of SentencePiece
-MASK = SPECIAL[-1]  # how augmentation writes a masked word, whatever tokenizer will read it
+MULTILINGUAL = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]  # the same tokens in SentencePiece
+UNKNOWN = (SPECIAL[1], MULTILINGUAL[1])
+# Of a text with more characters than LONG times the token limit, only the beginning is tokenized first: in most cases
+# the rest is cut off anyway.
+LONG = 8
+ENDS = " 。,!?;"  # characters that end a word in every tokenizer that splits at spaces and punctuation
+MASK = SPECIAL[-1]  # how augmentation writes a masked word, for every tokenizer
 
 
-class Encoded(NamedTuple):
-    input_ids: npt.NDArray[np.int32]  # [texts, longest], zero beyond each text's end
-    lengths: npt.NDArray[np.int32]  # [texts, 1]
+Cut: TypeAlias = npt.NDArray[np.bool_]  # [texts], whether a text was cut at the limit
+
+
+class TokenizedTexts(NamedTuple):
+    input_ids: npt.NDArray[np.int32]  # [texts, longest], zero after each text's end
+    lengths: npt.NDArray[np.int32]  # [texts, 1], in tokens
     truncated: int  # texts that were cut at the limit
+    unknown: npt.NDArray[np.float32]  # [texts, 1], the share of [UNK] among each text's tokens
 
 
-class Encoder:
+class TextTokenizer:
     """Turns cleaned texts into token ids; the fast tokenizer encodes a whole batch in one call."""
 
     def __init__(self, tokenizer_json: Path, max_tokens: int | None = None) -> None:
-        """Load a fast tokenizer, with another limit than its own where `max_tokens` is given.
+        """Load a fast tokenizer. `max_tokens`, if given, replaces its own token limit.
 
         Raises:
-            InputError: the file is missing or is no tokenizer.
+            InputError: the file is missing or is not a tokenizer.
         """
         try:
             self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{tokenizer_json} is no fast tokenizer: {error}") from None
+            raise InputError(f"{tokenizer_json} is not a fast tokenizer: {error}") from None
         self._tokenizer.no_padding()
         if max_tokens or self._tokenizer.truncation is None:
             self._tokenizer.enable_truncation(max_tokens or MAX_TOKENS)
         truncation: Any = self._tokenizer.truncation
         self.max_tokens: int = truncation["max_length"]
         self.vocabulary: int = self._tokenizer.get_vocab_size()
+        self._unknown = next((i for i in map(self._tokenizer.token_to_id, UNKNOWN) if i is not None), -1)
+        self._added: int = self._tokenizer.num_special_tokens_to_add(False)  # to each text: [CLS] and [SEP]
+        self._fast = None if max_tokens else fast.load(self._tokenizer, tokenizer_json.parent)
+        self._ends = ENDS if "BertPreTokenizer" in self._tokenizer.to_str() else " "
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its limit as tokenizer.json."""
         self._tokenizer.save(str(path))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The Hugging Face tokenizer, for training."""
+        return self._tokenizer
 
     def entries(self) -> list[str]:
         """Return the vocabulary."""
         return list(self._tokenizer.get_vocab())
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, [CLS] first, at most `max_tokens` of them."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+        """Return the token ids of each text, at most `max_tokens`, [CLS] and [SEP] included."""
+        return [ids.tolist() for ids in self._read(texts)[0].rows()]
 
     def varied_tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of texts that were varied for training: `MASK` is the tokenizer's own mask token.
+        """Return the token ids of augmented texts: `MASK` becomes the tokenizer's own mask token.
 
         Raises:
-            InputError: a word is masked, and the tokenizer has no mask token.
+            InputError: a word is masked, but the tokenizer has no mask token.
         """
         if any(MASK in text for text in texts):
             own = special_tokens(self._tokenizer)["mask"]
@@ -77,19 +95,92 @@ class Encoder:
         encoding = self._tokenizer.encode(text)
         return encoding.ids, encoding.offsets, bool(encoding.overflowing)
 
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: Sequence[str]) -> TokenizedTexts:
+        (ids, lengths), cut = self._read(texts)
+        inside = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.zeros(inside.shape, np.int32)
+        input_ids[inside] = ids
+        unknown = (inside & (input_ids == self._unknown)).sum(axis=1, dtype=np.float32)
+        share = unknown / np.maximum(lengths - self._added, 1, dtype=np.float32)
+        return TokenizedTexts(input_ids, lengths[:, None], int(cut.sum()), share[:, None])
+
+    def decide_fast(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Check whether the faster tokenizer gives the same token ids; see `fast.decide`."""
+        return fast.decide(self._tokenizer, texts, self.max_tokens)
+
+    def _read(self, texts: Sequence[str]) -> tuple[Ragged, Cut]:
+        """Return the token ids of each text, and which texts were cut at the limit.
+
+        A long text is tried in three steps: its first words, its first characters, and at last the whole text.
+        """
+        long = {i: self._beginning(text) for i, text in enumerate(texts) if len(text) > LONG * self.max_tokens}
+        if not long:
+            return self._read_whole(texts)
+        read, cut = self._read_whole([long.get(i, text) for i, text in enumerate(texts)])
+        replaced: dict[int, Any] = {i: self._start(texts[i]) for i in long if not cut[i]}
+        cut[[i for i, ids in replaced.items() if ids]] = True
+        again = [i for i, ids in replaced.items() if not ids]
+        if again:
+            more, more_cut = self._read_whole([texts[i] for i in again])
+            replaced.update(zip(again, more.rows(), strict=True))
+            cut[again] = more_cut
+        return _with_rows(read, replaced), cut
+
+    def _beginning(self, text: str) -> str:
+        """Return the first words of a long text, or an empty string if no word ends there.
+
+        If these words fill the token limit, their tokens are those of the whole text: later words do not change the
+        tokens of earlier ones.
+        """
+        most = LONG * self.max_tokens
+        return text[: 1 + max(text.rfind(end, 0, most) for end in self._ends)]
+
+    def _start(self, text: str) -> list[int]:
+        """Return the token ids of a long text from its first characters; an empty list if more must be read.
+
+        The tokenizer may cut a run without spaces and punctuation into several words. All of these but the last are
+        words of the whole text too.
+        """
+        encoding = self._tokenizer.encode(text[: LONG * self.max_tokens])
+        words = [word for part in (encoding, *encoding.overflowing) for word in part.word_ids if word is not None]
+        kept = [word for word in encoding.word_ids if word is not None]
+        ids: list[int] = encoding.ids
+        return ids if encoding.overflowing and kept[-1] < max(words) else []
+
+    def _read_whole(self, texts: Sequence[str]) -> tuple[Ragged, Cut]:
+        if self._fast is None:
+            return self._read_slowly(texts)
+        (ids, lengths), unread = self._fast(texts, self.max_tokens + 1)  # one more tells whether there are more
+        cut = lengths > self.max_tokens
+        if cut.any():  # its last token, [SEP], stays
+            surplus = (lengths.cumsum() - 2)[cut]
+            ids, lengths = np.delete(ids, surplus), lengths - cut
+        if not unread:
+            return Ragged(ids, lengths), cut
+        others, others_cut = self._read_slowly([texts[i] for i in unread])
+        cut[unread] = others_cut
+        return _with_rows(Ragged(ids, lengths), dict(zip(unread, others.rows(), strict=True))), cut
+
+    def _read_slowly(self, texts: Sequence[str]) -> tuple[Ragged, Cut]:
         encodings = self._tokenizer.encode_batch_fast(texts)
-        tokens = [encoding.ids for encoding in encodings]
-        lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))[:, None]
-        input_ids = np.zeros((len(tokens), lengths.max()), np.int32)
-        inside = np.arange(input_ids.shape[1]) < lengths
-        input_ids[inside] = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, lengths.sum())
-        full = (encoding for encoding, ids in zip(encodings, tokens, strict=True) if len(ids) == self.max_tokens)
-        return Encoded(input_ids, lengths, sum(bool(encoding.overflowing) for encoding in full))
+        rows = [encoding.ids for encoding in encodings]
+        full = [len(ids) == self.max_tokens for ids in rows]
+        cut = [at and bool(each.overflowing) for at, each in zip(full, encodings, strict=True)]
+        return _ragged(rows), np.array(cut, bool)
+
+
+def _ragged(rows: Sequence[Sequence[int]]) -> Ragged:
+    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+    return Ragged(np.fromiter(itertools.chain.from_iterable(rows), np.uint32, lengths.sum()), lengths)
+
+
+def _with_rows(read: Ragged, replaced: Mapping[int, Any]) -> Ragged:
+    """Return token ids of which some texts' are replaced."""
+    return _ragged([replaced.get(i, ids) for i, ids in enumerate(read.rows())]) if replaced else read
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return a tokenizer's special tokens by their roles: as BERT writes them, or as the multilingual BERTs do.
+    """Return a tokenizer's special tokens by role, such as `mask`: those of BERT or of the multilingual BERTs.
 
     Raises:
         InputError: one is missing.
@@ -99,6 +190,6 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
         role = token[1:-1].lower()
         known = [each for each in (token, other) if tokenizer.token_to_id(each) is not None]
         if not known:
-            raise InputError(f"the tokenizer has no {token}; give a BERT that was pretrained on masked words")
+            raise InputError(f"the tokenizer has no {token}; use a BERT that was pretrained on masked words")
         found[role] = known[0]
     return found

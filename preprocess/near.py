@@ -21,10 +21,10 @@ Integers = npt.NDArray[np.int64]
 
 
 class Signer:
-    """Computes MinHash signatures; what `content_key` ignores is ignored here too."""
+    """Computes MinHash signatures. They ignore what `content_key` ignores: case, spaces and punctuation."""
 
     def __init__(self) -> None:
-        self._minhash = MinHash(PERMUTATIONS, hashfunc=int)  # the pieces come hashed
+        self._minhash = MinHash(PERMUTATIONS, hashfunc=int)  # the pieces are hashed already
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
         """Return the signature [PERMUTATIONS] of one cleaned text; a text of up to three characters is one piece."""
@@ -39,25 +39,47 @@ class Signer:
 
 
 class Neighbours(NamedTuple):
-    """What each text is near to."""
+    """The near-duplicates of each text."""
 
-    leader: Integers  # [texts], the first near text of its own label; itself if there is none
-    rival: Integers  # [texts], the first near text of another label; -1 if there is none
+    leader: Integers  # [texts], the first near text with the same label; the text itself if there is none
+    rival: Integers  # [texts], the first near text with another label; -1 if there is none
 
 
 def neighbours(signatures: Signatures, labels: npt.NDArray[np.integer[Any]], threshold: float) -> Neighbours:
-    """Compare every text with the leaders before it; a text that has a leader leads none.
+    """Compare every text with the leaders before it. A text that has a leader leads no other.
 
-    Near: an estimated Jaccard similarity of `threshold` or more. Texts are compared where a band of their signatures
-    is equal, which at least 95 in 100 pairs at the threshold have, and more above it.
-    `signatures` may be a memory map: of all texts, some 80 bytes each are held at once, whatever their length; of those
-    that share a band with another, some hundred bytes a band more.
+    Two texts are near if their estimated Jaccard similarity is `threshold` or more. They are compared if a band of
+    their signatures is equal. At the threshold this finds 95 of 100 pairs, above it more.
+    `signatures` may be a memory map. Memory holds about 80 bytes for each text, whatever its length, and some hundred
+    bytes for each band that a text shares with another.
 
     Args:
-        labels: [texts], numbers; texts whose number is negative are left out.
+        labels: [texts], numbers. Texts with a negative number are left out.
         threshold: above 0, up to 1.
     """
-    width = _band_width(threshold)
+    text, bucket = _shared_buckets(signatures, labels, _band_width(threshold))
+    starts = np.flatnonzero(np.diff(text, prepend=-1))
+    leader = np.arange(len(signatures))
+    rival = np.full(len(signatures), -1)
+    leading: dict[int, list[int]] = {}  # bucket -> the leaders in it
+    for start, end in itertools.pairwise([*starts, len(text)]):
+        own, shared = int(text[start]), bucket[start:end].tolist()
+        known = np.array(sorted({other for each in shared for other in leading.get(each, ())}), np.int64)
+        near = known[(signatures[known] == signatures[own]).mean(axis=1) >= threshold]
+        same = labels[near] == labels[own]
+        rival[own] = near[~same][0] if not same.all() else -1
+        if same.any():
+            leader[own] = near[same][0]
+        else:
+            for each in shared:
+                leading.setdefault(each, []).append(own)
+    return Neighbours(leader, rival)
+
+
+def _shared_buckets(
+    signatures: Signatures, labels: npt.NDArray[np.integer[Any]], width: int
+) -> tuple[Integers, Integers]:
+    """Return each text that shares a band with another, with the bucket of that band; sorted by text."""
     texts, buckets = [], []
     found = 0
     for band in range(PERMUTATIONS // width):
@@ -68,34 +90,17 @@ def neighbours(signatures: Signatures, labels: npt.NDArray[np.integer[Any]], thr
         found += len(signatures)
     text, bucket = np.concatenate(texts), np.concatenate(buckets)
     order = np.argsort(text, kind="stable")
-    text, bucket = text[order], bucket[order]
-    starts = np.flatnonzero(np.diff(text, prepend=-1))
-
-    leader = np.arange(len(signatures))
-    rival = np.full(len(signatures), -1)
-    leading: dict[int, list[int]] = {}  # bucket -> the leaders in it
-    for start, end in itertools.pairwise([*starts, len(text)]):
-        own, shared = int(text[start]), bucket[start:end].tolist()
-        known = np.array(sorted({other for each in shared for other in leading.get(each, ())}), np.int64)
-        near = known[(signatures[known] == signatures[own]).mean(axis=1) >= threshold]
-        akin = labels[near] == labels[own]
-        rival[own] = near[~akin][0] if not akin.all() else -1
-        if akin.any():
-            leader[own] = near[akin][0]
-        else:
-            for each in shared:
-                leading.setdefault(each, []).append(own)
-    return Neighbours(leader, rival)
+    return text[order], bucket[order]
 
 
 def _band_width(threshold: float) -> int:
-    """Return the most values a band may have for two texts at the threshold to share one with probability 0.95."""
+    """Return the largest band for which two texts at the threshold share a band with probability 0.95."""
     widths = range(PERMUTATIONS, 0, -1)
     return next(r for r in widths if (1 - threshold**r) ** (PERMUTATIONS // r) <= 0.05 or r == 1)
 
 
 def _crowded(band: Signatures) -> tuple[Integers, Integers]:
-    """Return the texts whose band equals another's, and for each the number of its bucket."""
+    """Return the texts whose band equals that of another text, and the number of the bucket of each."""
     weights = np.random.default_rng(0).integers(0, 2**64, band.shape[1], np.uint64)
     hashes = np.zeros(len(band), np.uint64)
     for column, weight in enumerate(weights):

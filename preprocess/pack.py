@@ -1,4 +1,4 @@
-"""Packing: texts of all lengths share rows, so that next to no token the encoder computes is padding.
+"""Packing: texts of all lengths share rows, so that the encoder computes almost no padding.
 
 After Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv:2107.02027).
 """
@@ -14,7 +14,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Packed(NamedTuple):
-    """What the engine reads. Attention stays among tokens of one segment."""
+    """The engine's inputs. Attention stays inside a segment."""
 
     input_ids: Ints  # [rows, width]
     position_ids: Ints  # [rows, width], from 0 in each text
@@ -22,7 +22,7 @@ class Packed(NamedTuple):
     cls_index: Ints  # [texts], where each text starts in the flattened rows
 
 
-GOOD = 0.96  # useful share of the computed tokens that no narrower row is looked for beyond
+TARGET_FILL = 0.96  # share of tokens that are not padding; above it, narrower rows are not tried
 
 
 def pack(
@@ -33,15 +33,16 @@ def pack(
     Args:
         tokens: [sum of lengths], the texts' token ids end to end.
         lengths: [texts], each at least 1 and at most `width`.
-        width: tokens of a row. Texts that together fill less than one row get one row no wider than they need.
-        narrow: whether a few texts may get narrower rows where less of those is padding; not where every shape costs.
+        width: the largest width of a row, in tokens. Texts that fill less than one row get one row of the width that
+            they need.
+        narrow: try narrower rows if they have less padding. False for engines that compile each shape.
     """
     total = int(lengths.sum())
     width = min(width, -(-total // 8) * 8)
     starts, rows = _best_fit(lengths, width)
-    if narrow and total < GOOD * rows * width:
+    if narrow and total < TARGET_FILL * rows * width:
         for less in range(width - 8, int(lengths.max()) - 1, -8):
-            if -(-total // less) * less < rows * width:  # else not even full rows would be fewer tokens
+            if -(-total // less) * less < rows * width:  # otherwise even full rows would have as many tokens
                 fewer = _best_fit(lengths, less)
                 if fewer[1] * less < rows * width:
                     width, (starts, rows) = less, fewer
@@ -59,10 +60,10 @@ def pack(
 def _best_fit(lengths: npt.NDArray[np.integer[Any]], width: int) -> tuple[Ints, int]:
     """Return where each text starts in the flattened rows, and how many rows there are.
 
-    The longest text first, each into the fullest row that has room: one step a text, whatever their number.
+    The longest text comes first, and each goes into the fullest row that has room. Each text takes constant time.
     """
     starts = np.empty(len(lengths), np.int64)
-    rows_with: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by their free tokens
+    rows_with: list[list[int]] = [[] for _ in range(width + 1)]  # the rows, by their number of free tokens
     free_somewhere = 0  # bit f is set where rows_with[f] holds a row
     rows = 0
     order = np.argsort(-lengths, kind="stable")

@@ -1,55 +1,59 @@
-"""Cleaning a whole file: one pass over a table of any size, and a report of what was found in it."""
+"""Clean a whole file: a table of any size, in memory that does not depend on the length of its texts, and a report."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import pickle
-import re
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 
 from aisle.errors import InputError
-from aisle.preprocess.clean import CleaningReport, TextError, content_key, prepare, prepare_label
+from aisle.preprocess import labels as label_rules
+from aisle.preprocess.clean import RARE, CleaningReport, content_key, prepare, prepare_label
+from aisle.preprocess.labels import Labelling
 from aisle.preprocess.near import PERMUTATIONS, Signer, neighbours
-from aisle.preprocess.table import SURPLUS, Row, as_text, file_format, has_surplus, read_rows, require, write_rows
-from aisle.report import Page
+from aisle.preprocess.quality_report import GROUPS, quality_page
+from aisle.preprocess.tables.opening import PACKED, STDIO
+from aisle.preprocess.tables.table import FaultyRow, Row, as_text, checked, read_rows
+from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
+from aisle.preprocess.text_profile import profile
+from aisle.preprocess.values import TextError
 
-GROUPS = 20  # shown of a kind, largest first
-SHOWN = 5  # rows of a group
-CUT = 200  # characters of a text that is shown
-CATEGORIES = 100  # in the table
-BARS = 30  # in the plot
-EDGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2**15 + 1)  # characters, for the histogram
-
-_LETTER = re.compile(r"[^\W\d_]")
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+SHOWN = 5  # rows of a group in the report
+CUT = 200  # characters of a text in the report
 
 Mask = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-class _Usable:
-    """The rows that have a text and a label: themselves on disk, in memory what tells copies apart.
+@dataclass
+class _Scan:
+    """What the first pass over a table found."""
 
-    That is about 200 bytes a row, however long its text is.
-    """
+    report: CleaningReport = field(default_factory=CleaningReport)
+    rows_by_label: Counter[str] = field(default_factory=Counter)  # labels as they are written
+    personal: Counter[str] = field(default_factory=Counter)  # replaced personal data, by kind
+    columns: dict[str, None] = field(default_factory=dict)
+
+
+class _Usable:
+    """The rows with a usable text and label. The texts are on disk; memory holds about 200 bytes for each row."""
 
     def __init__(self, folder: Path, near: bool) -> None:
         self.rows = array("q")  # number in the source, from 1
         self.labels = array("q")  # number in `names`
-        self.first = array("q")  # the first row of the same content
+        self.first = array("q")  # place of the first row with the same content
         self.names: dict[str, int] = {}
         self._seen: dict[bytes, int] = {}
         self._spool = (folder / "rows").open("w+b")
@@ -59,27 +63,27 @@ class _Usable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, number: int, row: Row, text: str, label: str) -> None:
+    def add(self, number: int, text: str, label: str) -> None:
         first = self._seen.setdefault(content_key(text), len(self))
         if first == len(self) and self._sign:
             self._signatures.write(self._sign(text).tobytes())
         self.rows.append(number)
         self.labels.append(self.names.setdefault(label, len(self.names)))
         self.first.append(first)
-        pickle.dump(row, self._spool)  # unlike JSON, it keeps the types that Parquet has
+        pickle.dump(text, self._spool)
 
     def signatures(self) -> npt.NDArray[np.uint32]:
         """Return a memory map of the signatures [contents, PERMUTATIONS], in the order of their first rows."""
         self._signatures.flush()
         return np.memmap(self._signatures, np.uint32, "r").reshape(-1, PERMUTATIONS)
 
-    def read(self, wanted: Mask | None = None) -> Iterator[tuple[int, Row]]:
-        """Yield the place and the row of each wanted one."""
+    def read(self, wanted: Mask) -> Iterator[tuple[int, str]]:
+        """Yield the place and the cleaned text of each wanted row."""
         self._spool.seek(0)
         for place in range(len(self)):
-            row = pickle.load(self._spool)
-            if wanted is None or wanted[place]:
-                yield place, row
+            text = pickle.load(self._spool)
+            if wanted[place]:
+                yield place, text
 
     def close(self) -> None:
         self._spool.close()
@@ -94,107 +98,165 @@ def clean_file(
     near: float = 0.8,
     page: Path | None = None,
     track: Track = lambda rows: rows,
+    labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
-    """Write to `out` the rows of `source` that are worth learning from, and a report of the others.
+    """Write the rows of `source` that training can use to `out`, and report the others.
 
-    Kept are the rows that `clean_rows` keeps, with text and label as it returns them and all other columns as they
-    were; only the text column is scrubbed. Of near-duplicates under one label, the first is kept. Of near-duplicates
-    under two labels, each label's first is kept and they are reported: some are errors for the catalogue's owner to
-    correct, but most differ in the very word that decides ("integrated freezer", "integrated fridge freezer"), and a
-    model that is not shown these pairs cannot learn it. Equal texts under two labels are dropped, for nothing decides.
+    The rows are those that `clean_rows` keeps, with the texts and labels that it returns. Other columns do not change;
+    only the text column is scrubbed. Among near-duplicates with the same label, the first is kept. Among
+    near-duplicates with different labels, the first of each label is kept, and the report lists them. Some of these
+    labels are wrong and the catalogue's owner should correct them. But most such texts differ in the word that decides
+    ("integrated freezer", "integrated fridge freezer"), and a model can only learn this word from such pairs. Equal
+    texts with different labels are dropped, because no word decides.
 
     Args:
-        near: the Jaccard similarity from which texts are near-duplicates; 0: none are looked for.
-        page: the HTML report; by default `out` with the ending .report.html. The same figures go beside it as .json.
+        near: the Jaccard similarity from which texts are near-duplicates; 0 turns the search for them off.
+        page: the HTML report; by default `out` with the ending .report.html. A .json file with the same figures is
+            written beside it.
         track: wraps the stream of rows, to show progress.
+        labelling: how labels are changed.
 
     Returns:
         The figures of the report.
 
     Raises:
-        InputError: the table cannot be read, lacks a column, or no row of it is left.
+        InputError: the table cannot be read or lacks a column, or no row is left.
     """
-    if file_format(out) and out.resolve() == source.resolve():
-        raise InputError(f"{out} is the input; choose another output")
-    if not 0 <= near <= 1:
-        raise InputError(f"a near-duplicate threshold of {near:g} makes no sense; give 0 (off) or up to 1")
-    page = page or out.with_name(out.name.removesuffix(".gz")).with_suffix(".report.html")
-    if page.suffix.lower() != ".html":
-        raise InputError(f"{page}: the report is a page; name it .html")
-    report = CleaningReport()
-    before: Counter[str] = Counter()
-    personal: Counter[str] = Counter()
-    columns: dict[str, None] = {}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    kind = output_kind(source, out)
+    refuse_same(source, out)
+    page = _page_of(out, page, near)
+    beside = None if out == STDIO else out.parent
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside) as folder,
         contextlib.closing(_Usable(Path(folder), near > 0)) as usable,
     ):
-        # The source is read once. Whether a row is in conflict is known only when the last row has come, so those that
-        # may be kept wait on disk.
-        for number, row in enumerate(track(read_rows(source)), start=1):
-            if number == 1:
-                require(row, [text_column, label_column], source)
-            report.rows_in += 1
-            if has_surplus(row):
-                report.drop("too many cells", number)
-                continue
-            row.pop(SURPLUS, None)
-            columns.update(dict.fromkeys(row))
-            try:
-                label = prepare_label(as_text(row.get(label_column)))
-                before[label] += 1
-                text = prepare(as_text(row.get(text_column)), personal)
-            except TextError as error:
-                report.drop(error.reason, number)
-                continue
-            usable.add(number, {**row, text_column: text, label_column: label}, text, label)
+        # Conflicts are known only after the last row, so the texts wait on disk.
+        rows = checked(track(read_rows(source)), [text_column, label_column], source)
+        scan = _scan(rows, usable, text_column, label_column, labelling)
         if not len(usable):
-            why = "; ".join(
-                f"{n} {reason}, as row {report.examples[reason][0]}" for reason, n in report.dropped.items()
-            )
-            raise InputError(f"{source}: no usable row ({why or 'it has none'})")
-
-        verdict = _judge(usable, near)
-        for reason, places in verdict.dropped.items():
-            for place in np.flatnonzero(places):
-                report.drop(reason, usable.rows[place])
-        kept = ~np.logical_or.reduce(list(verdict.dropped.values()))
-        report.rows_kept = int(kept.sum())
-        if not report.rows_kept:
-            raise InputError(f"{source}: no row is left; every text has conflicting labels, as row {usable.rows[0]}")
-
-        after = np.bincount(np.array(usable.labels)[kept], minlength=len(usable.names)).tolist()
-        result = {
-            "source": str(source),
-            "output": str(out),
-            "report": str(page),
-            "near": near,
-            **asdict(report),
-            "categories": {
-                label: {"before": n, "after": after[usable.names[label]] if label in usable.names else 0}
-                for label, n in before.most_common()
-            },
-            **_groups(usable, verdict, text_column, label_column),
-            **_profile(as_text(row[text_column]) or "" for _, row in usable.read(kept)),
-            "personal_data": dict(personal.most_common()),
-        }
-        writing = out.with_name(f".{out.name}.writing{''.join(out.suffixes)}")
-        write_rows(writing, lambda: (row for _, row in usable.read(kept)), list(columns))
-        writing.replace(out)
-    _page(result).write(page, result)
+            raise _nothing_usable(source, scan.report)
+        duplicates = _find_duplicates(usable, near)
+        kept, final = _choose(usable, duplicates, scan.report, labelling)
+        if not scan.report.rows_kept:
+            why = "; ".join(f"{n} {reason}" for reason, n in scan.report.dropped.items())
+            raise InputError(f"{source}: no row is left ({why})")
+        files = {"source": str(source), "output": str(out), "report": str(page) if page else None}
+        result = {**files, "near": near, **_figures(usable, scan, duplicates, kept, final)}
+        columns = {text_column: str, label_column: str}
+        edits = partial(_edits, usable, kept, final, [text_column, label_column], scan.report.rows_in)
+        with replacing(out) as writing:
+            write_edited(source, writing, edits, list(scan.columns), columns, kind=kind)
+    if page:
+        quality_page(result).write(page, result)
     return result
 
 
-class _Verdict(NamedTuple):
-    """What each usable row is, by place."""
-
-    dropped: dict[str, Mask]  # by reason; no row has two
-    groups: dict[str, Integers]  # by kind; the row that heads each row's group, itself if it is in none
+def _nothing_usable(source: Path, report: CleaningReport) -> InputError:
+    reasons = (f"{n} {reason}, for example row {report.examples[reason][0]}" for reason, n in report.dropped.items())
+    return InputError(f"{source}: no usable row ({'; '.join(reasons) or 'it has none'})")
 
 
-def _judge(usable: _Usable, near: float) -> _Verdict:
-    labels, first = np.array(usable.labels), np.array(usable.first)
+def _figures(
+    usable: _Usable, scan: _Scan, duplicates: _Duplicates, kept: Mask, final: list[str | None]
+) -> dict[str, Any]:
+    """Return the figures of the report."""
+    before = scan.rows_by_label
+    after = Counter(final[usable.labels[place]] for place in np.flatnonzero(kept))
+    return {
+        **asdict(scan.report),
+        "categories": {
+            label: {"before": before[label], "after": after[label]}
+            for label in dict.fromkeys([*(label for label, _ in before.most_common()), *after])
+        },
+        **_groups(usable, duplicates),
+        **profile(text for _, text in usable.read(kept)),
+        "personal_data": dict(scan.personal.most_common()),
+    }
+
+
+def _edits(usable: _Usable, kept: Mask, final: list[str | None], columns: list[str], rows: int) -> Iterator[Row | None]:
+    """Yield the new text and label of each of the source's `rows`, None for a row that is dropped."""
+    done = 0
+    for place, text in usable.read(kept):
+        yield from itertools.repeat(None, usable.rows[place] - done - 1)
+        yield dict(zip(columns, (text, final[usable.labels[place]]), strict=True))
+        done = usable.rows[place]
+    yield from itertools.repeat(None, rows - done)
+
+
+def _page_of(out: Path, page: Path | None, near: float) -> Path | None:
+    """Return the path of the report. If the table goes to standard output, the default is no report."""
+    if not 0 <= near <= 1:
+        raise InputError(f"the near-duplicate threshold {near:g} is out of range; give 0 (off) to 1")
+    if page is None:
+        name = out.name
+        for packed in PACKED:
+            name = name.removesuffix(packed)
+        return None if out == STDIO else out.with_name(name).with_suffix(".report.html")
+    if page.suffix.lower() != ".html":
+        raise InputError(f"{page}: the report is an HTML page; name it .html")
+    return page
+
+
+def _scan(rows: Iterable[Row], usable: _Usable, text_column: str, label_column: str, labelling: Labelling) -> _Scan:
+    """Read all rows, and add those with a text and a label to `usable`."""
+    scan = _Scan()
+    for number, row in enumerate(rows, start=1):
+        scan.report.rows_in += 1
+        if isinstance(row, FaultyRow):
+            scan.report.drop(row.reason, number)
+            continue
+        scan.columns.update(dict.fromkeys(row))
+        try:
+            label = prepare_label(as_text(row.get(label_column)))
+            scan.rows_by_label[label] += 1
+            text = prepare(as_text(row.get(text_column)), scan.personal)
+        except TextError as error:
+            scan.report.drop(error.reason, number)
+            continue
+        usable.add(number, text, labelling.renamed.get(label, label))
+    return scan
+
+
+def _choose(
+    usable: _Usable, duplicates: _Duplicates, report: CleaningReport, labelling: Labelling
+) -> tuple[Mask, list[str | None]]:
+    """Return which rows are kept, and the final name of each label, None if it is left out. Complete the report."""
+    names = list(usable.names)
+    written = np.bincount(usable.labels, minlength=len(names)).tolist()
+    if labelling.fold:
+        report.folded = label_rules.fold_variants(dict(zip(names, written, strict=True)))
+    else:
+        report.label_variants = label_rules.variant_groups(names)
+    kept = ~np.logical_or.reduce(list(duplicates.dropped.values()))
+    folded = [report.folded.get(name, name) for name in names]
+    counts = Counter(folded[number] for number in np.array(usable.labels)[kept])
+    parents = label_rules.merge_rare(counts, labelling.min_rows)
+    report.note_rare(parents, counts)
+    final = [parents.get(name, name) for name in folded]
+    left_out = np.array([name is None for name in final])[np.array(usable.labels)] & kept
+    for reason, places in {**duplicates.dropped, RARE: left_out}.items():
+        for place in np.flatnonzero(places):
+            report.drop(reason, usable.rows[place])
+    kept &= ~left_out
+    report.rows_kept = int(kept.sum())
+    return kept, final
+
+
+class _Duplicates(NamedTuple):
+    """Equal and near-equal rows among the usable ones; arrays are indexed by place."""
+
+    dropped: dict[str, Mask]  # the rows to drop, by reason; a row has at most one reason
+    groups: dict[str, Integers]  # by kind: the place of the first row of each row's group; its own if it has no group
+
+
+def _find_duplicates(usable: _Usable, near: float) -> _Duplicates:
+    # Labels that differ only in case, spaces or width do not conflict.
+    keys: dict[str, int] = {}
+    key_of = np.array([keys.setdefault(label_rules.variant_key(name), len(keys)) for name in usable.names])
+    labels, first = key_of[np.array(usable.labels)], np.array(usable.first)
     place = np.arange(len(labels))
     disputed = np.zeros(len(labels), np.bool_)
     disputed[first[labels != labels[first]]] = True
@@ -215,15 +277,15 @@ def _judge(usable: _Usable, near: float) -> _Verdict:
         "near_conflicts": rival,
         "near_duplicates": leader,
     }
-    return _Verdict(dropped, groups)
+    return _Duplicates(dropped, groups)
 
 
-def _groups(usable: _Usable, verdict: _Verdict, text_column: str, label_column: str) -> dict[str, Any]:
-    """Return of each kind of group how many there are, how many rows they have, and the largest."""
+def _groups(usable: _Usable, duplicates: _Duplicates) -> dict[str, Any]:
+    """Return, for each kind of group, the number of groups, the number of their rows, and the largest groups."""
     largest: dict[str, list[tuple[int, list[int]]]] = {}
     totals: dict[str, dict[str, int]] = {}
     wanted = np.zeros(len(usable), np.bool_)
-    for kind, head in verdict.groups.items():
+    for kind, head in duplicates.groups.items():
         joined = head != np.arange(len(head))
         heads, counts = np.unique(head[joined], return_counts=True)
         totals[kind] = {"groups": len(heads), "rows": int(counts.sum()) + len(heads)}
@@ -234,13 +296,10 @@ def _groups(usable: _Usable, verdict: _Verdict, text_column: str, label_column: 
         ]
         for _, places in largest[kind]:
             wanted[places] = True
+    names = list(usable.names)
     examples = {
-        place: {
-            "row": usable.rows[place],
-            "category": row[label_column],
-            "text": row[text_column][:CUT],
-        }
-        for place, row in usable.read(wanted)
+        place: {"row": usable.rows[place], "category": names[usable.labels[place]], "text": text[:CUT]}
+        for place, text in usable.read(wanted)
     }
     return {
         kind: {
@@ -249,104 +308,3 @@ def _groups(usable: _Usable, verdict: _Verdict, text_column: str, label_column: 
         }
         for kind in largest
     }
-
-
-def _profile(texts: Iterable[str]) -> dict[str, Any]:
-    """Return the languages and the lengths of texts."""
-    languages: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()
-    for text in texts:
-        languages[script(text)] += 1
-        lengths[len(text)] += 1
-    sizes = np.array(sorted(lengths))
-    rows = np.array([lengths[size] for size in sizes.tolist()])
-    total = rows.cumsum()
-    at = {f"p{q}": int(sizes[np.searchsorted(total, q / 100 * total[-1])]) for q in (50, 90, 99)}
-    histogram, _ = np.histogram(sizes, EDGES, weights=rows)
-    return {
-        "languages": dict(languages.most_common()),
-        "lengths": {
-            "mean": round(float((sizes * rows).sum() / total[-1]), 1),
-            **at,
-            "longest": int(sizes[-1]),
-            "histogram": [
-                {"from": low, "to": high - 1, "rows": int(n)}
-                for (low, high), n in zip(itertools.pairwise(EDGES), histogram, strict=True)
-            ],
-        },
-    }
-
-
-def script(text: str) -> str:
-    """Return which script nine tenths of a text's letters belong to: Han, Latin, both together (mixed) or other."""
-    letters = len(_LETTER.findall(text))
-    if not letters:
-        return "no letters"
-    han, latin = len(_HAN.findall(text)), len(_LATIN.findall(text))
-    shares = {"Han": han, "Latin": latin, "mixed": han + latin}
-    return next((name for name, count in shares.items() if count >= 0.9 * letters), "other")
-
-
-def _page(result: dict[str, Any]) -> Page:
-    page = Page(
-        f"Data quality of {Path(result['source']).name}",
-        f"{result['rows_kept']} of {result['rows_in']} rows are kept, in {result['output']}. Rows are counted from 1, "
-        "without the header; personal data is replaced.",
-    )
-    page.heading("Dropped rows")
-    rows = [(why, n, ", ".join(map(str, result["examples"][why]))) for why, n in result["dropped"].items()]
-    page.table(("reason", "rows", "first of them"), rows)
-
-    page.heading("Categories")
-    page.text(f"{len(result['categories'])} categories; the {CATEGORIES} largest are shown.")
-    shown = list(result["categories"].items())[:CATEGORIES]
-    page.table(("category", "rows before", "rows after"), [(name, n["before"], n["after"]) for name, n in shown])
-    after = {name: n["after"] for name, n in shown[:BARS]}
-    page.plot(_bars(after, "rows kept"), "Rows kept of each category")
-
-    for kind, title, meaning in (
-        ("conflicts", "Conflicting labels", "Equal texts under several labels; all are dropped. Correct the labels."),
-        (
-            "near_conflicts",
-            "Near-duplicates under several labels",
-            "They are kept: look for wrong labels among them, and leave those that differ in the word that decides.",
-        ),
-        ("near_duplicates", "Near-duplicates under one label", "The first is kept."),
-    ):
-        found = result[kind]
-        page.heading(title)
-        page.text(f"{meaning} {found['groups']} groups, {found['rows']} rows; the {GROUPS} largest are shown.")
-        members = [
-            (str(n), group["rows"], each["row"], each["category"], each["text"])
-            for n, group in enumerate(found["largest"], start=1)
-            for each in group["examples"]
-        ]
-        page.table(("group", "size", "row", "category", "text"), members)
-
-    page.heading("Languages")
-    page.text("By the script of nine tenths of a text's letters.")
-    page.table(("script", "rows"), list(result["languages"].items()))
-    page.plot(_bars(result["languages"], "rows kept"), "Rows kept by script")
-
-    page.heading("Lengths")
-    lengths = dict(result["lengths"])
-    histogram = lengths.pop("histogram")
-    page.table(("characters", *lengths), [("", *lengths.values())])
-    bars = {f"{bar['from']} to {bar['to']}": bar["rows"] for bar in histogram}
-    page.plot(_bars(bars, "rows kept"), "Rows kept by length in characters")
-
-    page.heading("Personal data")
-    page.text("Replaced in the text column, by kind; other columns are as they were.")
-    page.table(("kind", "finds"), list(result["personal_data"].items()))
-    return page
-
-
-def _bars(values: dict[str, int], unit: str) -> Figure:
-    figure = Figure(figsize=(8, 0.6 + 0.28 * len(values)))
-    axes = figure.subplots()
-    bars = axes.barh(list(values), list(values.values()))
-    axes.bar_label(bars, padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel(unit)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure

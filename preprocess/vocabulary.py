@@ -1,4 +1,4 @@
-"""Vocabulary: which words and characters texts are made of, told by counts from which no text can be read."""
+"""Word counts by hash bucket. They show how the words of traffic change, and no text can be rebuilt from them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 
-BUCKETS = 2**16
+from aisle.preprocess.han import HAN
 
-# As tokenizers of BERT cut texts: a Chinese character stands alone, other letters make words. Numbers are left out:
-# they are what is personal in a text, and no vocabulary has them all.
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])[^\W\d_])+")
+BUCKETS = 2**16
+MANY_UNKNOWN = 0.25  # share of unknown tokens in a text; from this share on, its answer is doubtful
+
+# Words as BERT's tokenizers see them: each Chinese character, and each run of other letters. Numbers are not counted:
+# they can be personal, and no vocabulary has all of them.
+_WORDS = re.compile(rf"[{HAN}]|(?:(?![{HAN}])[^\W\d_])+")
 
 
 def words(text: str) -> list[str]:
@@ -25,7 +27,7 @@ def words(text: str) -> list[str]:
 
 
 def bucket(word: str) -> int:
-    """Return the bucket of a word: one of `BUCKETS`, each of which stands for many words."""
+    """Return the bucket of a word, a number below `BUCKETS`. Many words share a bucket."""
     return zlib.crc32(word.encode("utf-8", "surrogatepass")) % BUCKETS
 
 

@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")"
 for name in serve build dev; do
-    echo 'torch; sys_platform == "never"' | uv pip compile ../pyproject.toml --extra "$name" --override /dev/stdin \
+    echo 'torch; sys_platform == "never"' | uv pip compile ../pyproject.toml --extra "$name" --extra fast --override /dev/stdin \
         --python-version 3.11 --python-platform x86_64-manylinux_2_35 --generate-hashes --no-annotate --no-header \
         --quiet "$@" --output-file "$name.lock" >/dev/null
 done

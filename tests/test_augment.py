@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models
 from aisle.errors import InputError
 from aisle.preprocess.augment import DEFAULT, LEXICON, TECHNIQUES, Augmenter, floor_rows, products, split
 from aisle.preprocess.clean import clean, clean_rows, prepare
-from aisle.preprocess.encode import MASK, Encoder, special_tokens
-from aisle.preprocess.table import read_labelled
-from aisle.train.ablate import ablate, draw
-from aisle.train.data import is_held_out
-from aisle.train.data import split as split_table
-from aisle.train.model import train_tokenizer
-from aisle.train.settings import Settings
+from aisle.preprocess.encode import MASK, TextTokenizer, special_tokens
+from aisle.preprocess.tables.table import read_labelled
+from aisle.train.core.settings import TrainingSettings
+from aisle.train.core.split import is_held_out
+from aisle.train.core.split import split as split_table
+from aisle.train.experiments.ablate import ablate, draw
+from aisle.train.fit.model import train_tokenizer
 
 from .conftest import aisle
 from .test_pretrain import sentencepiece
@@ -35,7 +35,7 @@ TITLES = [
 
 @st.composite
 def texts(draw: st.DrawFn) -> str:
-    """Cleaned texts: any characters, and the lexicon's words among them, which chance would never spell."""
+    """Cleaned texts with arbitrary characters and, among them, words of the lexicon."""
     words = st.sampled_from(sorted({w for name, groups in LEXICON.items() for group in groups for w in group}))
     pieces = draw(st.lists(st.text(max_size=12) | words | st.sampled_from([" ", "。", "苹果", "3"]), min_size=1))
     text = clean("".join(pieces))
@@ -43,9 +43,9 @@ def texts(draw: st.DrawFn) -> str:
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
-@settings(deadline=None)  # the first call reads the table of sounds
+@settings(deadline=None)  # the first call loads the table of pronunciations
 @given(text=texts(), seed=st.integers(0, 99))
-def test_a_text_stays_valid_and_names_no_other_product(name: str, text: str, seed: int) -> None:
+def test_a_varied_text_stays_valid_and_names_no_other_product(name: str, text: str, seed: int) -> None:
     changed = TECHNIQUES[name](text, random.Random(seed))
     assert prepare(changed)
     assert products(changed) <= products(text)
@@ -82,14 +82,14 @@ def test_chinese_splits_into_characters_and_other_scripts_into_words() -> None:
         ("brand", "耐克鞋 耐克正品", {f"{each}鞋 {each}正品" for each in ("阿迪达斯", "安踏", "特步")}),
         ("brand", "蒙牛酸奶", {"蒙牛酸奶"}),
         ("attribute", "mug 7KG", {"mug 8kg", "mug 9kg", "mug 10kg"}),
-        ("attribute", "11斤装", {"11斤装"}),  # the 1斤 in it is none
+        ("attribute", "11斤装", {"11斤装"}),  # the 1斤 in it is not a weight
         ("spaces", "usb cable", {"usbcable"}),
         ("width", "不错。", {"不错.", "不 错。"}),
         ("lookalike", "己", {"已", "巳"}),
-        ("delete", "苹果 5斤", {"苹果 5斤"}),  # too short to spare anything
+        ("delete", "苹果 5斤", {"苹果 5斤"}),  # too short to delete anything
     ],
 )
-def test_what_techniques_make(name: str, text: str, expected: set[str]) -> None:
+def test_examples_of_each_technique(name: str, text: str, expected: set[str]) -> None:
     assert {TECHNIQUES[name](text, random.Random(seed)) for seed in range(200)} == expected
 
 
@@ -102,7 +102,7 @@ def test_homophones_sound_alike() -> None:
 
 
 def test_a_misspelt_word_does_not_become_another_product() -> None:
-    """输 is 书 to the ear, and would make a book of a loss."""
+    """输 sounds like 书, which would change a loss into a book."""
     assert not any("书" in TECHNIQUES["homophone"]("输", random.Random(seed)) for seed in range(200))
     assert not any("酒店" in TECHNIQUES["lookalike"]("洒店", random.Random(seed)) for seed in range(200))
 
@@ -112,20 +112,21 @@ def test_masks_are_the_mask_tokens_of_the_tokenizer(learn: Callable[[], Tokenize
     tokenizer = learn()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     changed = TECHNIQUES["mask"](TITLES[4], random.Random(0))
-    [tokens] = Encoder(tmp_path / "tokenizer.json").varied_tokens([changed])
-    assert changed.count(MASK) > 0
-    assert tokens.count(tokenizer.token_to_id(special_tokens(tokenizer)["mask"])) == changed.count(MASK)
+    [tokens] = TextTokenizer(tmp_path / "tokenizer.json").varied_tokens([changed])
+    mask = tokenizer.token_to_id(special_tokens(tokenizer)["mask"])
+    assert mask is not None
+    assert tokens.count(mask) == changed.count(MASK) > 0
 
 
 def test_a_tokenizer_without_a_mask_token_cannot_mask_words(tmp_path: Path) -> None:
     Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(tmp_path / "tokenizer.json")
-    assert encoder.varied_tokens(["苹果"]) == encoder.tokens(["苹果"])
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.varied_tokens(["苹果"]) == tokenizer.tokens(["苹果"])
     with pytest.raises(InputError, match="the tokenizer has no"):
-        encoder.varied_tokens([f"苹果{MASK}"])
+        tokenizer.varied_tokens([f"苹果{MASK}"])
 
 
-def test_every_epoch_and_seed_varies_the_texts_anew_and_repeatably() -> None:
+def test_each_epoch_and_seed_has_its_own_repeatable_variations() -> None:
     titles = TITLES * 10
     augmenter = Augmenter(tuple(TECHNIQUES), seed=1, rate=1.0)
     first = augmenter.texts(titles, 0)
@@ -133,7 +134,7 @@ def test_every_epoch_and_seed_varies_the_texts_anew_and_repeatably() -> None:
     assert first != augmenter.texts(titles, 1)
     assert first != Augmenter(tuple(TECHNIQUES), seed=2, rate=1.0).texts(titles, 0)
     assert all(old != new for old, new in zip(titles, first, strict=True))
-    assert len(set(first)) > len(TITLES) * 5  # each copy in its own way
+    assert len(set(first)) > len(TITLES) * 5  # each copy is varied differently
 
 
 def test_the_rate_is_the_share_of_texts_varied() -> None:
@@ -143,14 +144,14 @@ def test_the_rate_is_the_share_of_texts_varied() -> None:
         assert sum(old != new for old, new in zip(titles, varied, strict=True)) / 1000 == pytest.approx(rate, abs=0.05)
 
 
-def test_no_techniques_change_nothing() -> None:
+def test_without_techniques_nothing_changes() -> None:
     assert Augmenter((), 0, 1.0).texts(TITLES, 0) == TITLES
 
 
 def test_unknown_techniques_and_rates_are_refused() -> None:
-    with pytest.raises(InputError, match=r"no augmentation is called 'swop'; there are: delete, swap"):
+    with pytest.raises(InputError, match=r"there is no augmentation 'swop'; choose from delete, swap"):
         Augmenter(("swop",), 0, 0.5)
-    with pytest.raises(InputError, match="no probability"):
+    with pytest.raises(InputError, match="not a probability"):
         Augmenter((), 0, 1.5)
 
 
@@ -159,7 +160,7 @@ def test_defaults_exist() -> None:
 
 
 @given(labels=st.lists(st.sampled_from("abcd"), min_size=1), floor=st.integers(0, 30))
-def test_each_class_reaches_the_floor_evenly(labels: list[str], floor: int) -> None:
+def test_rows_of_rare_classes_are_repeated_evenly(labels: list[str], floor: int) -> None:
     rows = floor_rows(labels, floor)
     assert rows == floor_rows(labels, floor)
     counts = Counter(labels[row] for row in rows)
@@ -171,17 +172,17 @@ def test_each_class_reaches_the_floor_evenly(labels: list[str], floor: int) -> N
 
 
 @pytest.mark.parametrize("name", ["products", "synonyms", "attributes", "brands", "lookalikes"])
-def test_the_lexicon_says_nothing_twice(name: str) -> None:
+def test_the_lexicon_has_no_duplicates(name: str) -> None:
     counts = Counter(word.casefold() if name != "lookalikes" else word for group in LEXICON[name] for word in group)
     assert [word for word, n in counts.items() if n > 1] == []
     assert all(word and word == clean(word) for word in counts)
 
 
-def test_an_ablation_goes_on_where_it_stopped(sample: Path, tmp_path: Path) -> None:
+def test_an_ablation_resumes(sample: Path, tmp_path: Path) -> None:
 
     def run(seeds: int, *techniques: str, rows: int = 300) -> dict[str, Any]:
-        told = Settings(epochs=1, max_tokens=16)
-        return ablate(sample, "text", "category", tmp_path, told, rows=rows, seeds=seeds, techniques=techniques)
+        settings = TrainingSettings(epochs=1, max_tokens=16)
+        return ablate(sample, "text", "category", tmp_path, settings, rows=rows, seeds=seeds, techniques=techniques)
 
     first = run(1, "swap")
     assert [(r["technique"], r["seed"]) for r in first["runs"]] == [("none", 0), ("swap", 0)]
@@ -198,12 +199,12 @@ def test_an_ablation_goes_on_where_it_stopped(sample: Path, tmp_path: Path) -> N
 
     with pytest.raises(InputError, match="other data or settings"):
         run(1, "swap", rows=200)
-    with pytest.raises(InputError, match="no technique is called 'swop'"):
+    with pytest.raises(InputError, match="there is no 'swop'"):
         run(1, "swop")
 
 
-def test_the_texts_measured_are_as_they_were(sample: Path) -> None:
-    """Nothing of what an ablation measures on is trained on, held out or varied."""
+def test_ablation_measures_on_unchanged_texts(sample: Path) -> None:
+    """The texts that an ablation measures on are not trained on, held out or varied."""
     whole = split_table(clean_rows(read_labelled(sample, "text", "category"))[0])
     parts = draw(whole, 100, seed=0)
     assert len(parts.train.texts) == 100
@@ -212,8 +213,8 @@ def test_the_texts_measured_are_as_they_were(sample: Path) -> None:
     assert not any(map(is_held_out, parts.train.texts + parts.held_out.texts))
 
 
-def test_the_command_refuses_a_technique_that_is_none(sample: Path, tmp_path: Path) -> None:
-    done = aisle("ablate", sample, "-o", tmp_path, "--technique", "swop")
+def test_the_command_refuses_an_unknown_technique(sample: Path, tmp_path: Path) -> None:
+    done = aisle("ablate", sample, "-o", tmp_path, "--techniques", "swop")
     assert done.returncode == 2
-    assert "no technique is called 'swop'" in done.stderr
+    assert "there is no 'swop'" in done.stderr
     assert len(done.stderr.splitlines()) == 1

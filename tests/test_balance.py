@@ -1,4 +1,4 @@
-"""Three real servers: requests are spread over them, and the loss of one loses none of the requests."""
+"""Three real servers: requests are balanced over them, and no request is lost with one server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from aisle.client import Classifier, Prediction
-from aisle.deploy.triton import free_ports
+from aisle.deploy.server.triton import free_ports
 
 from .conftest import series
 from .test_dashboard import names, told
@@ -27,7 +27,7 @@ TEXTS = [f"红富士苹果 {i}斤装" if i % 2 else f"手机壳 磨砂防摔 {i}
 
 @dataclass
 class Member:
-    """One server of three, with all its processes in a group of their own."""
+    """One of three servers, with its processes in their own group."""
 
     process: subprocess.Popen[str]
     port: int
@@ -35,12 +35,12 @@ class Member:
     folder: Path
 
     def texts(self) -> int:
-        """How many texts went through it, those that its cache answered aside."""
+        """How many texts it has tokenized."""
         shown = series(f"127.0.0.1:{self.metrics}").items()
         return int(sum(value for key, value in shown if key.startswith('nv_inference_count{model="tokenizer",')))
 
     def lose(self) -> None:
-        """End it as a machine that loses its power."""
+        """End it like a power failure."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for home in self.folder.glob("aisle-triton-*"):
@@ -73,11 +73,11 @@ def members(repository: Path) -> Iterator[list[Member]]:
 
 
 def addresses(members: list[Member]) -> str:
-    """Name all servers as a DNS name with several addresses does."""
+    """Return the addresses of all servers, like a DNS name with several addresses."""
     return "ipv4:" + ",".join(f"127.0.0.1:{member.port}" for member in members)
 
 
-def test_the_client_takes_turns(members: list[Member]) -> None:
+def test_the_client_balances_over_all_servers(members: list[Member]) -> None:
     before = [member.texts() for member in members]
     with Classifier(addresses(members)) as classifier:
         for i in range(61):
@@ -87,8 +87,8 @@ def test_the_client_takes_turns(members: list[Member]) -> None:
     assert min(shares) >= 15
 
 
-def test_one_is_lost_and_no_request_with_it(members: list[Member], classifier: Classifier, tmp_path: Path) -> None:
-    """Both ways at once: the client that knows all addresses, and the gateway as it is shipped."""
+def test_no_request_is_lost_with_a_server(members: list[Member], classifier: Classifier, tmp_path: Path) -> None:
+    """Both at the same time: the client with all addresses, and the gateway."""
     from .gateway import TOKENS, gateway
 
     expected = [answer.category for answer in classifier.classify(TEXTS)]
@@ -106,5 +106,5 @@ def test_one_is_lost_and_no_request_with_it(members: list[Member], classifier: C
                 members[2].lose()
         assert number + 1 == len(TEXTS)
         assert names("envoy_") <= told(entry.metrics, "stats/prometheus")
-    with Classifier(addresses(members)) as late:  # a client that starts while one of them is gone
+    with Classifier(addresses(members)) as late:  # a client that starts while one server is missing
         assert [answer.category for answer in late.classify(TEXTS[:100])] == expected[:100]

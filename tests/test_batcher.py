@@ -1,25 +1,26 @@
-"""The encoder's queues: bounded, calls before files, batches by tokens."""
+"""The encoder's queues: bounded, interactive before bulk, batches by tokens."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from aisle.deploy.batcher import AT_ONCE, Batcher, Ints, Logits, Waiting
+from aisle.deploy.serving.batcher import INLINE_TOKENS, Answer, Batcher, Ints, Logits, QueuedRequest, is_bulk
 
 
 class Engine:
-    """Answers each text by its first token and the sum of all; it computes only while the gate is open."""
+    """Answers each text with its first token and the sum of its tokens; it computes only while the gate is open."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.busy = threading.Event()
         self.batches: list[list[int]] = []  # lengths
         self.answers: dict[Any, Any] = {}
-        self.gone: set[Any] = set()
+        self.abandoned: set[Any] = set()
         self.order: list[Any] = []
 
     def compute(self, tokens: Ints, lengths: Ints) -> Logits:
@@ -31,25 +32,30 @@ class Engine:
             raise RuntimeError("no such token")
         return np.array([[text[0], text.sum()] for text in texts], np.float32)
 
-    def answer(self, waiting: Waiting, found: Any) -> None:
-        assert waiting.request not in self.answers
-        self.answers[waiting.request] = found if isinstance(found, Exception) else found.tolist()
-        self.order.append(waiting.request)
+    def answer(self, answers: Sequence[Answer]) -> None:
+        for waiting, found in answers:
+            assert waiting.request not in self.answers
+            self.answers[waiting.request] = found if isinstance(found, Exception) else found.tolist()
+            self.order.append(waiting.request)
 
-    def batcher(self, tokens: int = 10, texts: int = 64, longest_queue: int = 8) -> Batcher:
+    def batcher(
+        self, tokens: int = 10, texts: int = 64, max_queue_size: int = 8, inline_seconds: float = 0.0, **more: int
+    ) -> Batcher:
         return Batcher(
             self.compute,
             self.answer,
-            lambda waiting: waiting.request in self.gone,
+            lambda waiting: waiting.request in self.abandoned,
             tokens=tokens,
-            tokens_of_files=tokens // 2,
+            bulk_tokens=tokens // 2,
             texts=texts,
-            longest_queue=longest_queue,
+            max_queue_size=max_queue_size,
+            inline_seconds=inline_seconds,
+            **more,
         )
 
 
-def waiting(name: str, *texts: list[int], patient: bool = False) -> Waiting:
-    return Waiting(name, np.concatenate(texts), np.array([len(text) for text in texts]), patient)
+def waiting(name: str, *texts: list[int], bulk: bool = False) -> QueuedRequest:
+    return QueuedRequest(name, np.concatenate(texts), np.array([len(text) for text in texts]), bulk)
 
 
 @pytest.fixture
@@ -57,13 +63,21 @@ def engine() -> Engine:
     return Engine()
 
 
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [('{"bulk":true}', True), ("", False), ("{}", False), ('{"bulk":false}', False), ('{"caller":"bulk"}', False)],
+)
+def test_only_the_parameter_makes_a_request_bulk(parameters: str, expected: bool) -> None:
+    assert is_bulk(parameters) is expected
+
+
 def jammed(engine: Engine, batcher: Batcher) -> None:
-    """Let the engine begin with one request, which it does not finish until the gate opens."""
+    """Start the engine on one request, which it completes when the gate opens."""
     assert batcher.put(waiting("first", [1]))
     assert engine.busy.wait(30)
 
 
-def test_texts_that_wait_share_a_batch_of_so_many_tokens(engine: Engine) -> None:
+def test_waiting_texts_share_a_batch_up_to_the_token_limit(engine: Engine) -> None:
     batcher = engine.batcher(tokens=10)
     jammed(engine, batcher)
     for name, texts in {"a": [[2, 2]], "b": [[3] * 5, [4]], "c": [[5] * 4], "d": [[6] * 30], "e": [[7]]}.items():
@@ -76,7 +90,7 @@ def test_texts_that_wait_share_a_batch_of_so_many_tokens(engine: Engine) -> None
     assert engine.order == ["first", "a", "b", "c", "d", "e"]
 
 
-def test_a_batch_holds_so_many_texts_at_most(engine: Engine) -> None:
+def test_a_batch_is_limited_by_texts(engine: Engine) -> None:
     batcher = engine.batcher(tokens=100, texts=3)
     jammed(engine, batcher)
     batcher.put(waiting("a", *[[n] for n in range(4)]))
@@ -87,11 +101,11 @@ def test_a_batch_holds_so_many_texts_at_most(engine: Engine) -> None:
     assert engine.answers["b"] == [[5, 5], [6, 6]]
 
 
-def test_calls_go_first_even_between_the_texts_of_one_request(engine: Engine) -> None:
-    batcher = engine.batcher(tokens=8)  # and half of that of files
-    batcher.put(waiting("file", *[[n] * 2 for n in range(6)], patient=True))
+def test_interactive_requests_go_first_even_between_the_texts_of_one_request(engine: Engine) -> None:
+    batcher = engine.batcher(tokens=8)  # and half of that for bulk batches
+    batcher.put(waiting("file", *[[n] * 2 for n in range(6)], bulk=True))
     assert engine.busy.wait(30)  # with the first two texts
-    assert batcher.put(waiting("other file", [8], patient=True))
+    assert batcher.put(waiting("other file", [8], bulk=True))
     assert batcher.put(waiting("call", *[[9, 9]] * 3))
     engine.gate.set()
     batcher.close()
@@ -100,22 +114,22 @@ def test_calls_go_first_even_between_the_texts_of_one_request(engine: Engine) ->
     assert engine.answers["file"] == [[n, 2 * n] for n in range(6)]
 
 
-def test_each_queue_takes_so_many_and_no_more(engine: Engine) -> None:
-    batcher = engine.batcher(longest_queue=2)
+def test_each_queue_is_bounded(engine: Engine) -> None:
+    batcher = engine.batcher(max_queue_size=2)
     jammed(engine, batcher)
     assert [batcher.put(waiting(name, [1])) for name in "abc"] == [True, True, False]
-    assert [batcher.put(waiting(name, [1], patient=True)) for name in "def"] == [True, True, False]
+    assert [batcher.put(waiting(name, [1], bulk=True)) for name in "def"] == [True, True, False]
     engine.gate.set()
     batcher.close()
     assert sorted(engine.answers) == ["a", "b", "d", "e", "first"]
 
 
-def test_what_nobody_waits_for_is_not_computed(engine: Engine) -> None:
+def test_abandoned_requests_are_not_computed(engine: Engine) -> None:
     batcher = engine.batcher()
     jammed(engine, batcher)
     for name in "abc":
         batcher.put(waiting(name, [2, 2]))
-    engine.gone |= {"a", "c"}
+    engine.abandoned |= {"a", "c"}
     engine.gate.set()
     batcher.close()
     assert engine.batches == [[1], [2]]
@@ -123,7 +137,7 @@ def test_what_nobody_waits_for_is_not_computed(engine: Engine) -> None:
     assert isinstance(engine.answers["c"], TimeoutError)
 
 
-def test_a_batch_that_fails_fails_alone(engine: Engine) -> None:
+def test_a_failed_batch_fails_only_its_own_requests(engine: Engine) -> None:
     batcher = engine.batcher(tokens=4)
     engine.gate.set()
     batcher.put(waiting("bad", [666] * 3, [1, 1], [1, 1]))
@@ -133,13 +147,13 @@ def test_a_batch_that_fails_fails_alone(engine: Engine) -> None:
     assert engine.answers["good"] == [[2, 2]]
 
 
-def test_one_that_cannot_be_answered_ends_nothing(engine: Engine) -> None:
-    def answer(waiting: Waiting, found: Any) -> None:
-        if waiting.request == "closed":
+def test_an_answer_that_cannot_be_sent_ends_no_thread(engine: Engine) -> None:
+    def answer(answers: Sequence[Answer]) -> None:
+        if any(waiting.request == "closed" for waiting, _ in answers):
             raise RuntimeError("the response has been sent")
-        engine.answer(waiting, found)
+        engine.answer(answers)
 
-    batcher = Batcher(engine.compute, answer, lambda _: False, tokens=10, tokens_of_files=5, texts=64, longest_queue=8)
+    batcher = Batcher(engine.compute, answer, lambda _: False, tokens=1, bulk_tokens=1, texts=64, max_queue_size=8)
     jammed(engine, batcher)
     batcher.put(waiting("closed", [1]))
     batcher.put(waiting("open", [1]))
@@ -148,31 +162,82 @@ def test_one_that_cannot_be_answered_ends_nothing(engine: Engine) -> None:
     assert sorted(engine.answers) == ["first", "open"]
 
 
-def test_it_waits_without_work_and_counts_the_wait(engine: Engine) -> None:
+def test_queue_time_is_measured(engine: Engine) -> None:
     batcher = engine.batcher()
     jammed(engine, batcher)
     late = waiting("late", [1])
     batcher.put(late)
     engine.gate.set()
     batcher.close()
-    assert 0 < late.waited <= late.age
+    assert 0 < late.queue_time <= late.age
 
 
-def test_a_small_call_is_computed_at_once_where_nothing_waits(engine: Engine) -> None:
-    batcher = engine.batcher()
+def test_small_requests_run_inline_if_none_waits(engine: Engine) -> None:
+    batcher = engine.batcher(tokens=1000)
     engine.gate.set()
-    found = batcher.at_once(waiting("call", [3, 4]))
+    found = batcher.try_run_inline([waiting("call", [3, 4]), waiting("another", [5], [6])])
     assert found is not None
-    assert found.tolist() == [[3, 7]]
-    assert batcher.at_once(waiting("file", [1], patient=True)) is None
-    engine.gone.add("left")
-    assert batcher.at_once(waiting("left", [1])) is None
-    assert batcher.at_once(waiting("large", [1] * (AT_ONCE + 1))) is None
+    assert found.tolist() == [[3, 7], [5, 5], [6, 6]]
+    assert batcher.try_run_inline([]) is None
+    assert batcher.try_run_inline([waiting("call", [1]), waiting("file", [1], bulk=True)]) is None
+    engine.abandoned.add("left")
+    assert batcher.try_run_inline([waiting("call", [1]), waiting("left", [1])]) is None
+    assert batcher.try_run_inline([waiting("large", [1] * INLINE_TOKENS), waiting("one more", [1])]) is None
     engine.gate.clear()
     engine.busy.clear()
     jammed(engine, batcher)
-    assert batcher.at_once(waiting("second", [1])) is None  # the engine is busy
+    assert batcher.try_run_inline([waiting("second", [1])]) is None  # the engine is busy
     batcher.put(waiting("third", [1]))
     engine.gate.set()
     batcher.close()
     assert sorted(engine.answers) == ["first", "third"]
+
+
+def test_requests_that_a_fast_engine_computes_soon_run_inline(engine: Engine) -> None:
+    batcher = engine.batcher(tokens=1000, texts=2, inline_seconds=60.0)
+    engine.gate.set()
+    large = waiting("file", [1] * (INLINE_TOKENS + 1), bulk=True)
+    assert batcher.try_run_inline([large]) is None  # its speed is not known yet
+    assert batcher.try_run_inline([waiting("call", [1])]) is not None
+    assert batcher.try_run_inline([large]) is not None
+    assert batcher.try_run_inline([waiting("call", [1], [1]), waiting("call", [1])]) is None  # more than a batch
+    assert batcher.try_run_inline([waiting("call", [1] * 1001)]) is None
+    batcher.close()
+
+
+def test_two_batches_run_concurrently(engine: Engine) -> None:
+    """The pieces of a split request end in any order; its answer keeps the order of its texts."""
+    both = threading.Barrier(2, timeout=30)
+    first, second = threading.Event(), threading.Event()
+
+    def compute(tokens: Ints, lengths: Ints) -> Logits:
+        both.wait()  # passes only if two batches are computed concurrently
+        if tokens[0] == 1:
+            assert second.wait(30)  # the later piece ends first
+            first.set()
+        texts = np.split(tokens, np.cumsum(lengths)[:-1])
+        result = np.array([[text[0], text.sum()] for text in texts], np.float32)
+        if tokens[0] != 1:
+            second.set()
+        return result
+
+    engine.compute = compute  # type: ignore[method-assign]
+    batcher = engine.batcher(tokens=4, concurrency=2)
+    assert batcher.put(waiting("divided", [1, 1], [2, 2], [3, 3], [4, 4]))
+    assert first.wait(30)
+    batcher.close()
+    assert engine.answers == {"divided": [[1, 2], [2, 4], [3, 6], [4, 8]]}
+
+
+def test_a_request_whose_pieces_both_fail_is_answered_once(engine: Engine) -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def compute(tokens: Ints, lengths: Ints) -> Logits:
+        both.wait()
+        raise RuntimeError("no such token")
+
+    engine.compute = compute  # type: ignore[method-assign]
+    batcher = engine.batcher(tokens=2, concurrency=2)
+    assert batcher.put(waiting("divided", [1, 1], [2, 2]))
+    batcher.close()
+    assert [str(error) for error in engine.answers.values()] == ["no such token"]

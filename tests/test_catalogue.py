@@ -1,12 +1,16 @@
 import itertools
+import json
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aisle.preprocess.clean import clean_rows
-from aisle.preprocess.table import read_labelled
-from aisle.train.catalogue import CATALOGUE, LEAVES, NEIGHBOURS, generate, labels, write_sample
+from aisle.preprocess.tables.table import Row, read_labelled
+from aisle.train.synthetic.catalogue import CATALOGUE, LEAVES, NEIGHBOURS, generate, labels, write_sample
 
 
 def test_taxonomy() -> None:
@@ -55,7 +59,25 @@ def test_the_sample_is_read_back_as_written(tmp_path: Path, name: str) -> None:
     assert list(read_labelled(out, "text", "category")) == rows
 
 
-def test_the_sample_has_all_the_faults_of_real_catalogues() -> None:
+def test_the_sample_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(rows: int, seed: int) -> Iterator[Row]:
+        yield from itertools.islice(generate(rows, seed), 400)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aisle.train.synthetic.catalogue.generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(tmp_path / "sample.csv", 500, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sample_on_standard_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aisle", "sample", "-o", "-", "--rows", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"text", "category"}] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sample_has_the_faults_of_real_catalogues() -> None:
     rows = [(row["text"], row["category"]) for row in generate(20_000, seed=0)]
     texts = [text for text, _ in rows]
     faults = [
@@ -79,7 +101,7 @@ def test_the_sample_has_all_the_faults_of_real_catalogues() -> None:
     mixed = {f"{noun} " for leaf in LEAVES for noun in leaf["nouns_en"]}
     assert any(not text.isascii() and any(noun in text for noun in mixed) for text in texts)
 
-    # Titles that consist of a noun alone, and titles that only name the family, so that the rest must decide.
+    # Titles that consist only of a noun, and titles with an ambiguous noun, so that other words must decide.
     assert set(texts) & {noun for leaf in LEAVES for noun in leaf["nouns"]}
     nouns = {label: leaf["nouns"] + leaf["nouns_en"] for label, leaf in zip(labels(), LEAVES, strict=True)}
     unnamed = [text for text, label in rows if label and text and not any(n in text for n in nouns[label])]

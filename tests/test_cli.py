@@ -12,7 +12,7 @@ def test_train_evaluate_build_as_a_program_calls_them(tmp_path: Path, server: Se
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ["--text-column", "title", "--label-column", "kind"]
 
-    done = aisle("train", "--data", data, *columns, "-o", tmp_path / "out", "--epochs", "2", "--json")
+    done = aisle("train", data, *columns, "-o", tmp_path / "out", "--epochs", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert {"accuracy", "macro_f1", "per_class", "seconds"} <= json.loads(done.stdout).keys()
 
@@ -35,15 +35,15 @@ def test_classify_texts(server: Server) -> None:
     ("arguments", "complaint"),
     [
         (["classify", ""], "empty once cleaned"),
-        (["classify", "好", "--top-k", "0"], "top_k must be"),
-        (["classify", __file__], "say with -o"),
+        (["classify", "好", "--top-k", "0"], "greater than or equal to 1"),
+        (["classify", __file__], "give the output with -o"),
         (["classify", "none.csv", "-o", "out.csv"], "no such file"),
         (["evaluate", "only-one"], "give either"),
-        (["evaluate", "no-checkpoint", __file__], "unknown kind of file"),
-        (["build", "no-checkpoint"], "is no checkpoint"),
+        (["evaluate", "no-checkpoint", __file__], "unknown file format"),
+        (["build", "no-checkpoint"], "no-checkpoint: no such folder"),
         (["build", "no-checkpoint", "--precision", "int3"], "int3"),
-        (["train", "--data", "none.csv", "-o", "x"], "no such file"),
-        (["train", "--epochs", "0", "--data", "a", "-o", "x"], "epochs"),
+        (["train", "none.csv", "-o", "x"], "no such file"),
+        (["train", "--epochs", "0", __file__, "-o", "x"], "epochs"),
         (["serve", "--repository", "/nowhere"], "holds no built version"),
         (["no-command"], "no-command"),
     ],
@@ -64,18 +64,18 @@ def test_no_server_is_exit_code_1() -> None:
     assert done.stderr.startswith("aisle: ")
 
 
-def test_thin_installation_names_the_extra(tmp_path: Path, server: Server) -> None:
-    """Without torch and its kind, the client works and the other commands say what they need."""
+def test_a_minimal_installation_names_the_missing_extra(tmp_path: Path, server: Server) -> None:
+    """Without torch and other extras, the client works, and other commands name the missing extra."""
     heavy = ("torch", "transformers", "tokenizers", "sklearn", "openvino", "onnx", "pyarrow", "onnxruntime", "pytriton")
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {heavy!r}:\n    sys.modules[name] = None\n")
     env = {"PYTHONPATH": str(tmp_path)}
     assert aisle("classify", "好", "--url", server.url, env=env).returncode == 0
     assert aisle("--help", env=env).returncode == 0
     for command, extra in [
-        (["train", "--data", "a.csv", "-o", "x"], "train"),
+        (["train", __file__, "-o", "x"], "train"),
         (["evaluate", "a", "b.csv"], "train"),
-        (["build", "a"], "train"),
+        (["build", "a"], "build"),
     ]:
         done = aisle(*command, env=env)
         assert done.returncode == 2
-        assert f"pip install 'aisle[{extra}]'" in done.stderr
+        assert f"pip install 'aisle-classifier[{extra}]'" in done.stderr

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
 import json
 import os
 import signal
@@ -29,9 +31,10 @@ from aisle.client import (
 )
 from aisle.client.bulk import classify_file
 from aisle.client.protocol import IN_FLIGHT
-from aisle.deploy.triton import free_ports
+from aisle.deploy.server.triton import free_ports
 from aisle.errors import InputError
-from aisle.preprocess.table import read_rows, write_rows
+from aisle.preprocess.tables.table import read_rows
+from aisle.preprocess.tables.writing import write_rows
 
 from .conftest import Server
 
@@ -39,7 +42,7 @@ TITLES = [f"{kind} {i}号" for i in range(150) for kind in ("红富士苹果", "
 
 
 class Flaky:
-    """A gRPC endpoint that answers some calls with an error and hands the others on to the real server."""
+    """A gRPC proxy that answers some calls with an error and forwards the others to the real server."""
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.insecure_channel(target)
@@ -93,7 +96,7 @@ def test_mutual_tls(server: Server, tmp_path: Path) -> None:
     with proxied(server.url, credentials) as (url, _):
         with Classifier(url, tls=known) as classifier:
             assert classifier.classify(["好"])
-        for stranger in (None, TLS(tmp_path / "ca.pem")):  # no TLS at all, and no certificate of one's own
+        for stranger in (None, TLS(tmp_path / "ca.pem")):  # without TLS, and without a client certificate
             with Classifier(url, tls=stranger, retries=0) as classifier, pytest.raises(Unavailable):
                 classifier.classify(["好"])
     with pytest.raises(InputError, match="no such file"):
@@ -110,7 +113,7 @@ def test_long_lists_come_back_in_order(classifier: Classifier) -> None:
     assert classifier.classify([]) == []
 
 
-def test_asyncio_twin(server: Server, classifier: Classifier) -> None:
+def test_the_asyncio_client(server: Server, classifier: Classifier) -> None:
     async def main() -> None:
         async with AsyncClassifier(server.url, timeout=60) as client:
             answers, one = await asyncio.gather(client.classify(TITLES), client.classify([TITLES[7]]))
@@ -124,7 +127,7 @@ def test_asyncio_twin(server: Server, classifier: Classifier) -> None:
     asyncio.run(main())
 
 
-def test_stream_gives_bad_texts_a_failure_of_their_own(classifier: Classifier) -> None:
+def test_in_a_stream_only_bad_texts_fail(classifier: Classifier) -> None:
     texts: list[Any] = [*TITLES[:100], "", None, b"\xff", "\ud800", *TITLES[100:130]]
     answers = list(classifier.stream(texts))
     assert [i for i, answer in enumerate(answers) if isinstance(answer, Failure)] == [100, 101, 102, 103]
@@ -138,7 +141,7 @@ def test_stream_gives_bad_texts_a_failure_of_their_own(classifier: Classifier) -
     assert good == [answer.category for answer in classifier.classify(TITLES[:130])]
 
 
-def test_asyncio_stream_is_the_blocking_ones_twin(server: Server, classifier: Classifier) -> None:
+def test_the_asyncio_stream(server: Server, classifier: Classifier) -> None:
     texts: list[Any] = [*TITLES[:100], "", None, b"\xff", "\ud800", *TITLES[100:130]]
     expected = list(classifier.stream(texts, top_k=2))
 
@@ -159,8 +162,8 @@ def test_asyncio_stream_is_the_blocking_ones_twin(server: Server, classifier: Cl
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
-def test_a_stream_draws_no_more_texts_than_it_has_room_for(server: Server, kind: str) -> None:
-    """A reader who stops taking answers stops the reading of texts, of which there may be no end."""
+def test_a_stream_reads_only_as_many_texts_as_it_can_hold(server: Server, kind: str) -> None:
+    """If the caller stops reading answers, no more texts are read; the texts may be endless."""
     drawn = 0
 
     def endless() -> Iterator[str]:
@@ -252,6 +255,7 @@ def test_files_of_every_kind(classifier: Classifier, tmp_path: Path, kind: str) 
     source, out = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
     rows = [{"id": str(i), "text": text, "category": "the shop's own"} for i, text in enumerate(TITLES[:100])]
     rows[40]["text"] = " "
+    rows[41]["text"] = "𠮷𠮷 𠮷𠮷"  # no training text contains such a character
     write_rows(source, lambda: iter(rows), ["id", "text", "category"])
     result = classify_file(classifier, source, out, "text", top_k=2)
     assert (result["rows"], result["errors"], result["resumed_from"]) == (100, 1, 0)
@@ -264,11 +268,14 @@ def test_files_of_every_kind(classifier: Classifier, tmp_path: Path, kind: str) 
         assert row["source_category"] == "the shop's own"
     assert "empty once cleaned" in answers[40]["error"]
     assert not answers[40]["category"]
+    assert answers[41]["warning"] == "the model does not know 100% of this text"
+    assert [bool(row["warning"]) for row in answers if not row["error"]] == [each.unknown >= 0.25 for each in expected]
+    assert result["warnings"] == sum(bool(row["warning"]) for row in answers)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, out.name])
 
 
-def test_a_killed_job_goes_on_where_it_was(server: Server, classifier: Classifier, tmp_path: Path) -> None:
-    """kill -9 in the middle, then a torn line: every row comes out once and in order."""
+def test_a_killed_job_resumes(server: Server, classifier: Classifier, tmp_path: Path) -> None:
+    """After kill -9 and a truncated line, every row is in the output once and in order."""
     source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     write_rows(source, lambda: ({"text": f"苹果 {i}"} for i in range(20_000)), ["text"])
@@ -289,7 +296,7 @@ def test_a_killed_job_goes_on_where_it_was(server: Server, classifier: Classifie
     assert not partial.exists()
 
 
-def test_a_partial_file_of_another_job_is_not_continued(classifier: Classifier, tmp_path: Path) -> None:
+def test_the_partial_file_of_another_job_is_not_continued(classifier: Classifier, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "苹果"}\n')
     (tmp_path / "out.jsonl.partial").write_text('{"source": "other.jsonl"}\n')
@@ -297,12 +304,12 @@ def test_a_partial_file_of_another_job_is_not_continued(classifier: Classifier, 
         classify_file(classifier, source, out, "text", top_k=1)
 
 
-def test_a_job_that_cannot_work_writes_nothing(classifier: Classifier, tmp_path: Path) -> None:
+def test_a_refused_job_writes_nothing(classifier: Classifier, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "苹果"}\n')
     for column, out, top_k, complaint in [
         ("title", "out.jsonl", 1, "no column 'title'"),
-        ("text", "out.xlsx", 1, "unknown kind of file"),
+        ("text", "out.doc", 1, "unknown file format"),
         ("text", "out.jsonl", 10_000, "top_k must be"),
     ]:
         with pytest.raises(InputError, match=complaint):
@@ -313,4 +320,15 @@ def test_a_job_that_cannot_work_writes_nothing(classifier: Classifier, tmp_path:
 def test_an_empty_file(classifier: Classifier, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("text\n")
     assert classify_file(classifier, tmp_path / "in.csv", tmp_path / "out.csv", "text", top_k=1)["rows"] == 0
-    assert (tmp_path / "out.csv").read_text().strip() == "category,confidence,error"
+    assert (tmp_path / "out.csv").read_text().strip() == "category,confidence,decision,decided,warning,error"
+
+
+def test_a_table_goes_from_standard_input_to_standard_output(server: Server) -> None:
+    command = [sys.executable, "-m", "aisle", "classify", "-", "-o", "-", "--url", server.url]
+    table = "text,id\n红富士苹果 5斤装,1\n,2\nusb c cable,3\n"
+    done = subprocess.run(command, input=table, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+    assert [bool(row["category"]) for row in rows] == [True, False, True]
+    assert rows[1]["error"]

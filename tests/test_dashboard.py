@@ -1,4 +1,4 @@
-"""Dashboard and alerts name what a running server tells, and nothing else."""
+"""Dashboard and alerts use only metrics that a running server has."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from aisle.client import Classifier, InvalidText
-from aisle.deploy.triton import free_ports
+from aisle.deploy.server.triton import free_ports
 
-from .conftest import Server
+from .conftest import Server, wait_for
 
 ROOT = Path(__file__).parent.parent
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
@@ -35,7 +35,7 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 
 
 def metric_names(expression: str) -> set[str]:
-    """Return the metrics of a query: words of our prefixes outside of what selects their labels."""
+    """Return the metrics of a query: words with our prefixes, without label selectors."""
     return set(re.findall(r"\b(?:nv|aisle|envoy)_\w+", re.sub(r"\{[^}]*\}", "", expression)))
 
 
@@ -45,13 +45,13 @@ def names(prefix: str) -> set[str]:
 
 
 def told(address: str, path: str = "metrics") -> set[str]:
-    """Return the names of all series that an endpoint offers."""
-    text = urllib.request.urlopen(f"http://{address}/{path}").read().decode()
+    """Return the names of all series of an endpoint."""
+    text = urllib.request.urlopen(f"http://{address}/{path}", timeout=30).read().decode()
     return set(re.findall(r"^[a-z]\w*", text, re.MULTILINE))
 
 
 def stir(classifier: Classifier, number: int) -> None:
-    """Send texts of every kind that is counted: ordinary, known to the cache, too long, personal, refused."""
+    """Send texts of every counted kind: ordinary, cached, too long, with personal data, refused."""
     texts = [f"红富士苹果 {number}斤", f"手机壳 {number} " * 200, f"客服电话 138001380{number % 90 + 10}"]
     for _ in range(2):
         classifier.classify(texts)
@@ -59,13 +59,10 @@ def stir(classifier: Classifier, number: int) -> None:
         classifier.classify([""])
 
 
-def test_every_name_is_told_by_a_running_server(server: Server, classifier: Classifier) -> None:
+def test_a_running_server_has_every_metric_of_dashboard_and_alerts(server: Server, classifier: Classifier) -> None:
     stir(classifier, 0)
-    wanted = {name for name in names("nv_") | names("aisle_") if not name.startswith("nv_gpu_")}  # those need a GPU
-    deadline = time.monotonic() + 10  # the models report once a second
-    while (missing := wanted - told(server.metrics)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not missing
+    wanted = {name for name in names("nv_") | names("aisle_") if not name.startswith("nv_gpu_")}  # these need a GPU
+    wait_for(lambda: wanted <= told(server.metrics))  # the models report every second
 
 
 @pytest.fixture
@@ -89,11 +86,11 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[str]:
 
 def ask(prometheus: str, query: str) -> list[Any]:
     url = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    result: list[Any] = json.loads(urllib.request.urlopen(url).read())["data"]["result"]
+    result: list[Any] = json.loads(urllib.request.urlopen(url, timeout=30).read())["data"]["result"]
     return result
 
 
-def test_every_panel_shows_something(prometheus: str, classifier: Classifier) -> None:
+def test_every_panel_has_data(prometheus: str, classifier: Classifier) -> None:
     rule = yaml.safe_load((ROOT / "deploy" / "prometheus" / "adapter.yaml").read_text())["rules"][0]
     scaling = rule["metricsQuery"].replace("<<.GroupBy>>", "instance").replace("<<.LabelMatchers>>", 'instance!=""')
     assert rule["seriesQuery"].partition("{")[0] in metric_names(scaling)
@@ -103,7 +100,7 @@ def test_every_panel_shows_something(prometheus: str, classifier: Classifier) ->
         if not metric_names(query) & (names("envoy_") | names("nv_gpu_"))
     }
     empty = set(queries)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     for number in itertools.count():
         stir(classifier, number)
         with suppress(urllib.error.URLError):  # Prometheus is starting
@@ -116,7 +113,7 @@ def test_every_panel_shows_something(prometheus: str, classifier: Classifier) ->
 
 
 @pytest.mark.parametrize("arguments", [["check", "rules", ALERTS], ["test", "rules", *CASES]])
-def test_alerts_fire_where_they_should(arguments: list[Any]) -> None:
+def test_alerts_fire_as_expected(arguments: list[Any]) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("no promtool here: apt-get install prometheus")
@@ -124,7 +121,7 @@ def test_alerts_fire_where_they_should(arguments: list[Any]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_tried_and_explained() -> None:
+def test_every_alert_is_tested_and_documented() -> None:
     operations = (ROOT / "docs" / "operations.md").read_text("utf-8")
     tests = [test for file in CASES for test in yaml.safe_load(file.read_text("utf-8"))["tests"]]
     tried = {case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case.get("exp_alerts")}

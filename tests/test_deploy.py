@@ -1,4 +1,4 @@
-"""What deploy/ ships: the chart, rendered by Helm's own code and held against Kubernetes' schemas, images, compose."""
+"""The files in deploy/: the chart, rendered by Helm and checked against Kubernetes' schemas; images; compose."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import pytest
 import typer
 import yaml
 
-from aisle.cli import app
 from aisle.client import Classifier
-from aisle.deploy.triton import free_ports
+from aisle.commands.app import app
+from aisle.deploy.server.triton import free_ports
+
+from .conftest import aisle
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "aisle"
@@ -67,13 +69,13 @@ def options(name: str) -> set[str]:
 
 
 def check_command(words: list[str]) -> None:
-    """Make sure that a container's `aisle` command exists, with all of its options."""
+    """Make sure that a container's `aisle` command and its options exist."""
     name, *arguments = words[1:] if words[0] == "aisle" else words
     assert {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} <= options(name)
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
-def test_the_chart_is_what_kubernetes_takes(values: dict[str, Any]) -> None:
+def test_the_chart_matches_kubernetes_schemas(values: dict[str, Any]) -> None:
     assert helm(values)["errors"] == []
     manifests = render(values)
     for manifest in manifests:
@@ -85,7 +87,7 @@ def test_the_chart_is_what_kubernetes_takes(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
-def test_every_container_is_held_tight(values: dict[str, Any]) -> None:
+def test_every_container_is_hardened(values: dict[str, Any]) -> None:
     for pod in pods(render(values)):
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -115,6 +117,9 @@ def test_readiness_follows_the_model_and_pools_their_gpus() -> None:
         (job,) = (each for each in by_kind["Job"] if each["metadata"]["labels"]["aisle.pool"] == pool)
         pod, build = server["spec"]["template"]["spec"], job["spec"]["template"]["spec"]
         assert pod["nodeSelector"] == build["nodeSelector"]  # built on the type of GPU that serves it
+        assert pod["runtimeClassName"] == build["runtimeClassName"] == "nvidia"
+        assert "--target=cuda" in build["initContainers"][0]["args"]
+        assert server["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
         for container in (pod["containers"][0], build["initContainers"][0]):
             assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
             (models,) = (m for m in container["volumeMounts"] if m["mountPath"] == "/models")
@@ -132,7 +137,23 @@ def test_readiness_follows_the_model_and_pools_their_gpus() -> None:
     assert rule["spec"] == yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())
 
 
-def test_another_checkpoint_is_another_job() -> None:
+def test_a_pool_without_a_spare_gpu_replaces_its_servers_one_by_one() -> None:
+    gpu = VALUES["gpu"]["pools"]
+    manifests = render({"pools": {"cpu": None, "l4": {**gpu["l4"], "surge": 0}}})
+    (server,) = (m for m in manifests if m["kind"] == "Deployment" and m["metadata"]["name"] == "shop-l4")
+    assert server["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 0}
+
+
+@pytest.mark.parametrize("rollout", [{}, {"canary": 0.1}, {"shadowSeconds": 60}, {"canary": 0.1, "shadowSeconds": 60}])
+def test_no_rollout_has_options_that_the_command_refuses(rollout: dict[str, float], tmp_path: Path) -> None:
+    (job,) = (each for each in render({"rollout": rollout}) if each["kind"] == "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    words = [word.replace("/models", str(tmp_path / "none")) for word in container["command"] + container["args"]]
+    done = aisle(*words[1:])
+    assert f"{tmp_path}/none is not a model repository" in done.stderr  # the first error
+
+
+def test_another_checkpoint_makes_another_job() -> None:
     def job(path: str) -> str:
         manifests = render({"checkpoint": {"claim": "checkpoints", "path": path}})
         return next(str(each["metadata"]["name"]) for each in manifests if each["kind"] == "Job")
@@ -156,7 +177,9 @@ def test_the_gateway_gets_all_of_its_files() -> None:
         ({"replica": 3}, "replica"),
         ({"checkpoint": {"claim": "checkpoints", "path": ""}}, "path"),
         ({"pools": {"cpu": {"gpus": 1, "nodeSelector": {}}}}, "nodeSelector"),
-        ({"pools": {"cpu": {"target": "cuda"}}}, "target"),
+        ({"pools": {"cpu": {"target": "tpu"}}}, "target"),
+        ({"pools": {"cpu": {"target": "cuda"}}}, "target"),  # without a GPU
+        ({"pools": {"cpu": {"gpus": 1, "nodeSelector": {"gpu": "l4"}, "target": "openvino"}}}, "target"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], complaint: str) -> None:
@@ -164,7 +187,7 @@ def test_wrong_values_are_refused(values: dict[str, Any], complaint: str) -> Non
         render(values)
 
 
-def test_compose_names_what_is_there() -> None:
+def test_compose_names_existing_files() -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
     for service in services.values():
@@ -180,9 +203,16 @@ def test_compose_names_what_is_there() -> None:
     assert [source["url"] for source in sources] == ["http://prometheus:9090"]
 
 
+def test_compose_gives_a_server_the_gpu() -> None:
+    (server,) = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"].values()
+    assert (DEPLOY.parent / server["build"]["dockerfile"]).is_file()
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.gpu"])
-def test_images_start_a_command_that_exists(name: str) -> None:
-    text = (DEPLOY / name).read_text().replace("\\\n", "")
+def test_images_start_an_existing_command(name: str) -> None:
+    text = (DEPLOY / "docker" / name).read_text().replace("\\\n", "")
     assert "\nUSER 1000\n" in text
     assert 'ENTRYPOINT ["aisle"]' in text
     check_command(yaml.safe_load(re.findall(r"^CMD (.*)$", text, re.MULTILINE)[-1]))
@@ -193,7 +223,7 @@ def test_images_start_a_command_that_exists(name: str) -> None:
             assert f" AS {words[words.index('--target') + 1]}\n" in text
 
 
-# What compose and the chart give a container: all read-only but the repository, /tmp and /dev/shm, and no privileges.
+# The container of compose and chart: read-only except for the repository, /tmp and /dev/shm, without privileges.
 CONTAINED = """
 mount --make-rprivate /
 mount --bind {repository} /srv
@@ -207,7 +237,7 @@ exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all {python} -m aisl
 """
 
 
-def test_the_server_runs_with_nothing_but_what_its_container_gives(repository: Path) -> None:
+def test_the_server_runs_with_the_limits_of_its_container(repository: Path) -> None:
     if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("making a mount namespace takes root")
     if not shutil.which("setpriv") or any(path.is_relative_to("/tmp") for path in (DEPLOY, Path(sys.executable))):

@@ -7,16 +7,16 @@ from tokenizers import Tokenizer
 from transformers import BertForSequenceClassification
 
 from aisle.preprocess.encode import SPECIAL
-from aisle.train.embed import LENGTH, count_neighbours, embed, mutual_information
-from aisle.train.model import small_bert, train_tokenizer
-from aisle.train.settings import Settings
+from aisle.train.core.settings import TrainingSettings
+from aisle.train.fit.embed import LENGTH, count_neighbours, embed, mutual_information
+from aisle.train.fit.model import small_bert, train_tokenizer
 
-SETTINGS = Settings(layers=1, hidden_size=64, max_tokens=32)
+SETTINGS = TrainingSettings(layers=1, hidden_size=64, max_tokens=32)
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Adjectives and nouns of two kinds of goods, which stand beside their own kind alone."""
+    """Adjectives and nouns of two kinds of goods; each occurs only with its own kind."""
     draw = random.Random(0)
     fruit = (["sweet", "ripe", "juicy"], ["apple", "pear", "plum"])
     goods = (["fast", "slim", "loud"], ["phone", "disk", "fan"])
@@ -42,11 +42,11 @@ def test_counting_in_parts_changes_nothing(
     texts: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = count_neighbours(tokenizer, texts)
-    monkeypatch.setattr("aisle.train.embed.CHUNK", 7)
+    monkeypatch.setattr("aisle.train.fit.embed.CHUNK", 7)
     assert np.allclose(whole.toarray(), count_neighbours(tokenizer, texts).toarray())
 
 
-def test_information_is_that_of_its_definition(texts: list[str], tokenizer: Tokenizer) -> None:
+def test_mutual_information_follows_its_definition(texts: list[str], tokenizer: Tokenizer) -> None:
     counts = count_neighbours(tokenizer, texts)
     dense = counts.toarray()
     piece, context = dense.sum(axis=1), dense.sum(axis=1) ** 0.75
@@ -55,7 +55,7 @@ def test_information_is_that_of_its_definition(texts: list[str], tokenizer: Toke
     assert np.allclose(mutual_information(counts).toarray(), np.where(wanted > 0, wanted, 0))
 
 
-def test_words_of_like_company_are_alike(texts: list[str], tokenizer: Tokenizer) -> None:
+def test_words_with_similar_neighbours_have_similar_embeddings(texts: list[str], tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(small_bert(tokenizer, SETTINGS, num_labels=2))
     before = model.get_input_embeddings().weight.detach().clone()
@@ -63,7 +63,8 @@ def test_words_of_like_company_are_alike(texts: list[str], tokenizer: Tokenizer)
     after = model.get_input_embeddings().weight.detach()
 
     def cosine(a: str, b: str) -> float:
-        return float(torch.cosine_similarity(*(after[tokenizer.token_to_id(word)] for word in (a, b)), dim=0))
+        one, other = (after[tokenizer.token_to_id(word)] for word in (a, b))
+        return float(torch.cosine_similarity(one, other, dim=0))
 
     assert cosine("apple", "pear") > 0.5 > cosine("apple", "phone")
     specials = [tokenizer.token_to_id(token) for token in SPECIAL]
@@ -71,7 +72,7 @@ def test_words_of_like_company_are_alike(texts: list[str], tokenizer: Tokenizer)
     assert float(after[tokenizer.token_to_id("apple")].norm()) == pytest.approx(LENGTH)
 
 
-def test_texts_of_one_piece_leave_the_embeddings_as_they_are(tokenizer: Tokenizer) -> None:
+def test_texts_of_one_piece_do_not_change_the_embeddings(tokenizer: Tokenizer) -> None:
     model = BertForSequenceClassification(small_bert(tokenizer, SETTINGS, num_labels=2))
     before = model.get_input_embeddings().weight.detach().clone()
     embed(model, tokenizer, ["apple", "phone"])

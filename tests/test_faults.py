@@ -1,4 +1,4 @@
-"""What breaks in production, broken on purpose: processes killed, servers told to stop, disks full."""
+"""Faults of production, caused on purpose: killed processes, stopped servers, full disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +25,15 @@ from tritonclient.grpc import InferenceServerClient
 from aisle.build.repository import MODELS
 from aisle.client import Classifier, Prediction, Unavailable
 from aisle.client.bulk import classify_file
-from aisle.deploy import supervise
-from aisle.deploy.release import Release, servers
-from aisle.deploy.triton import Options
+from aisle.deploy.server import supervise
+from aisle.deploy.server.release import Release, servers
+from aisle.deploy.server.triton import ServerOptions
 from aisle.errors import ServerError
-from aisle.preprocess.table import read_rows, write_rows
+from aisle.preprocess.tables.table import read_rows
+from aisle.preprocess.tables.writing import write_rows
 
-from .conftest import Server
-from .test_triton import children, serving
+from .conftest import Server, below, wait_for
+from .test_triton import serving
 
 
 @pytest.fixture
@@ -40,30 +41,10 @@ def served(repository: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy, symlinks=True)
     process, url = serving(copy)
-    threading.Thread(target=process.communicate, daemon=True).start()  # its log would fill the pipe
+    threading.Thread(target=process.communicate, daemon=True).start()  # otherwise its log would fill the pipe
     yield process, url
     process.kill()
     process.wait()
-
-
-def below(process: subprocess.Popen[str], argument: str) -> set[int]:
-    """Return the processes below this one with such an argument."""
-    found = set()
-    for pid in children(process):
-        try:
-            if argument in Path(f"/proc/{pid}/cmdline").read_text():
-                found.add(pid)
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 120
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return value
 
 
 def test_a_file_survives_the_death_of_a_step_and_of_triton(
@@ -77,90 +58,89 @@ def test_a_file_survives_the_death_of_a_step_and_of_triton(
     with Classifier(url) as classifier, ThreadPoolExecutor(1) as pool:
         job = pool.submit(classify_file, classifier, source, out, "text", 1)
         wait_for(lambda: job.done() or (partial.exists() and partial.stat().st_size > 10_000))
-        (encoder,) = below(process, "/encoder/1/model.py")
+        (encoder,) = below(process.pid, "/encoder/1/model.py")
         os.kill(encoder, signal.SIGKILL)
-        wait_for(lambda: below(process, "/encoder/1/model.py") - {encoder})
-        (triton,) = below(process, "--model-repository=")
+        wait_for(lambda: below(process.pid, "/encoder/1/model.py") - {encoder})
+        (triton,) = below(process.pid, "--model-repository=")
         os.kill(triton, signal.SIGKILL)
         assert not job.done()
         result = job.result(300)
-        assert wait_for(lambda: below(process, "--model-repository=")) != {triton}
+        assert wait_for(lambda: below(process.pid, "--model-repository=")) != {triton}
     assert (result["rows"], result["errors"], result["resumed_from"]) == (4000, 0, 0)
     assert [row["text"] for row in read_rows(out)] == texts
 
 
-def test_who_waits_in_an_encoder_that_dies_is_told_at_once(served: tuple[subprocess.Popen[str], str]) -> None:
+def test_callers_of_a_dead_encoder_get_an_error_at_once(served: tuple[subprocess.Popen[str], str]) -> None:
     process, url = served
     text = "红富士苹果 " * 60
     with Classifier(url, timeout=120, retries=0) as classifier, ThreadPoolExecutor(16) as pool:
         classifier.classify([text])
-        encoder = below(process, "/encoder/1/model.py")
-        calls = [pool.submit(classifier.classify, [f"{number} {text}"] * 64) for number in range(16)]
+        (encoder,) = below(process.pid, "/encoder/1/model.py")
+        batches = [[f"{number} {row} {text}" for row in range(64)] for number in range(16)]
+        calls = [pool.submit(classifier.classify, batch) for batch in batches]
         wait_for(lambda: any(call.done() for call in calls))
-        os.kill(*encoder, signal.SIGKILL)
+        os.kill(encoder, signal.SIGKILL)
         failures = [error for call in calls if (error := call.exception(60)) is not None]
         assert failures
-        assert all(isinstance(error, Unavailable) for error in failures)  # which is what a client asks again after
+        assert all(isinstance(error, Unavailable) for error in failures)  # a status that clients retry
     with Classifier(url) as classifier:
-        assert [type(answer) for answer in classifier.stream([text])] == [Prediction]  # once all is back
+        assert [type(answer) for answer in classifier.stream([text])] == [Prediction]  # when everything has recovered
 
 
 def test_a_step_that_hangs_is_noticed_and_loses_no_row(served: tuple[subprocess.Popen[str], str]) -> None:
     process, url = served
     with Classifier(url) as classifier:
         expected = classifier.classify(["红富士苹果"])[0].category
-        (encoder,) = below(process, "/encoder/1/model.py")
+        (encoder,) = below(process.pid, "/encoder/1/model.py")
         os.kill(encoder, signal.SIGSTOP)
         try:
-            answers = list(classifier.stream(["红富士苹果"] * 65))  # two requests, which wait for their answers
+            answers = list(classifier.stream(["红富士苹果"] * 65))  # two requests that wait for their answers
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(encoder, signal.SIGCONT)
         assert [answer.category for answer in answers if isinstance(answer, Prediction)] == [expected] * 65
-        assert encoder not in below(process, "/encoder/1/model.py")
+        assert encoder not in below(process.pid, "/encoder/1/model.py")
 
 
-def test_what_dies_and_keeps_nobody_waiting_is_loaded_anew_by_itself(
-    served: tuple[subprocess.Popen[str], str], tmp_path: Path
-) -> None:
-    """A step that Triton hands no requests ahead, and the encoder of a candidate that answers no caller."""
+def test_a_dead_step_without_callers_is_reloaded(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    """The tokenizer, and the encoder of a candidate without traffic."""
     process, url = served
-    triton = below(process, "--model-repository=")
+    triton = below(process.pid, "--model-repository=")
     repository = tmp_path / "repository"
     trial = subprocess.Popen(tried(repository, "--shadow", "120"), stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: [each.revision for each in servers(repository)] == [2])
         with Classifier(url) as classifier:
             for code in ("/tokenizer/1/model.py", "/encoder/2/model.py"):
-                (dead,) = below(process, code)
+                (dead,) = below(process.pid, code)
                 os.kill(dead, signal.SIGKILL)
-                wait_for(lambda code=code, dead=dead: below(process, code) - {dead})  # type: ignore[misc]
+                wait_for(lambda code=code, dead=dead: below(process.pid, code) - {dead})  # type: ignore[misc]
                 assert [type(answer) for answer in classifier.stream(["红富士苹果"])] == [Prediction]
-        assert below(process, "--model-repository=") == triton
+        assert below(process.pid, "--model-repository=") == triton
     finally:
         trial.terminate()
         trial.communicate(timeout=60)
 
 
 def tried(repository: Path, *how: str) -> list[str]:
-    """Add version 2, the same as version 1, and return the command that tries it."""
+    """Add version 2, a copy of version 1, and return the command that tries it."""
     for model in MODELS:
         shutil.copytree(repository / model / "1", repository / model / "2", symlinks=True)
     return [sys.executable, "-m", "aisle", "deploy", "--repository", str(repository), "--version", "2", *how]
 
 
-def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
-    """Should the candidate have been what ended it, it is not tried again and again."""
+def test_a_trial_ends_when_triton_ends(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    """If the candidate was the cause, it is not tried again and again."""
     process, url = served
     repository = tmp_path / "repository"
     command = tried(repository, "--canary", "0.5", "--canary-seconds", "120")
     trial = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: Release.load(repository).share and [each.revision for each in servers(repository)] == [2])
-    (triton,) = below(process, "--model-repository=")
+    (triton,) = below(process.pid, "--model-repository=")
     os.kill(triton, signal.SIGKILL)
     _, errors = trial.communicate(timeout=60)
     assert trial.returncode == 1
-    assert "Triton ended while version 2 was tried" in errors
+    assert "Triton ended during the trial of version 2" in errors
     with Classifier(url, timeout=60) as classifier:
         (answer,) = classifier.stream(["红富士苹果"])  # which waits for the server
     assert isinstance(answer, Prediction)
@@ -168,13 +148,14 @@ def test_a_trial_ends_with_triton(served: tuple[subprocess.Popen[str], str], tmp
     assert Release.load(repository).candidate is None
 
 
-def test_what_is_under_way_is_answered_before_a_server_stops(served: tuple[subprocess.Popen[str], str]) -> None:
+def test_requests_in_flight_are_answered_before_a_server_stops(served: tuple[subprocess.Popen[str], str]) -> None:
     process, url = served
     text = "红富士苹果 " * 60
     with Classifier(url, timeout=60, retries=0) as classifier, ThreadPoolExecutor(8) as pool:
         expected = classifier.classify([text])[0]
         with InferenceServerClient(url) as triton:
-            calls = [pool.submit(classifier.classify, [f"{number} {text}"] * 16) for number in range(8)]
+            batches = [[f"{number} {row} {text}" for row in range(16)] for number in range(8)]
+            calls = [pool.submit(classifier.classify, batch) for batch in batches]
             statistics = triton.get_inference_statistics
             wait_for(lambda: statistics("tokenizer").model_stats[0].inference_count == 8 * 16 + 1)
         process.send_signal(signal.SIGTERM)
@@ -184,8 +165,8 @@ def test_what_is_under_way_is_answered_before_a_server_stops(served: tuple[subpr
     assert process.returncode == 0
 
 
-def test_a_full_disk_is_one_line_and_the_file_goes_on_from_there(server: Server, tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the disk: the same errors, and nobody else's disk is filled."""
+def test_a_full_disk_is_one_line_and_the_file_resumes(server: Server, tmp_path: Path) -> None:
+    """A limit on the file size causes the same errors as a full disk, without filling the disk."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     texts = [f"苹果 {i}" for i in range(500)]
     write_rows(source, lambda: ({"text": text} for text in texts), ["text"])
@@ -196,14 +177,14 @@ def test_a_full_disk_is_one_line_and_the_file_goes_on_from_there(server: Server,
 
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=fill, check=False)
     assert done.returncode == 2
-    assert f"cannot write {out}: File too large; mend that and run it again" in done.stderr
+    assert f"cannot write {out}: File too large; correct that and run the command again" in done.stderr
     assert "Traceback" not in done.stderr
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["resumed_from"] > 0
     assert [row["text"] for row in read_rows(out)] == texts
 
 
-def test_a_build_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_build_on_a_full_disk_is_one_line_and_leaves_no_files(checkpoint: Path, tmp_path: Path) -> None:
     if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")
     build = f"{sys.executable} -m aisle build {checkpoint} --repository . --precision fp32"
@@ -214,15 +195,17 @@ def test_a_build_on_a_full_disk_is_one_line_and_leaves_nothing(checkpoint: Path,
     assert done.returncode == 2
     assert re.fullmatch(r"aisle: \.: 0 MiB free, about \d+ needed; make room", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
-    assert not any(re.search(r"/\d+/|/\.", line) for line in done.stdout.splitlines())  # no version, nothing hidden
+    assert not any(re.search(r"/\d+/|/\.", line) for line in done.stdout.splitlines())  # no version and no hidden files
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_server_that_keeps_ending_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begins: bool) -> None:
+def test_a_server_that_keeps_ending_is_not_restarted_forever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begins: bool
+) -> None:
     starts = []
 
     @contextmanager
-    def started(_: Options, release: object) -> Iterator[Any]:
+    def started(_: ServerOptions, release: object) -> Iterator[Any]:
         starts.append(1)
         if begins and len(starts) == 1:
             yield None
@@ -235,11 +218,11 @@ def test_a_server_that_keeps_ending_is_given_up(monkeypatch: pytest.MonkeyPatch,
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         if begins:
-            assert supervise.serve_forever(Options(tmp_path)) == 1
-            assert len(starts) == supervise.RESTARTS + 1
-        else:  # what fails at once is not tried again: whoever started it is there to mend it
+            assert supervise.serve_forever(ServerOptions(tmp_path)) == 1
+            assert len(starts) == supervise.MAX_RESTARTS + 1
+        else:  # a failure of the first start is not retried: the operator can fix it
             with pytest.raises(ServerError):
-                supervise.serve_forever(Options(tmp_path))
+                supervise.serve_forever(ServerOptions(tmp_path))
             assert len(starts) == 1
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from aisle.errors import InputError
-from aisle.train.checkpoint import load_model
-from aisle.train.fit import Hooks, Scalars, fit, parameter_groups
-from aisle.train.loss import Loss, ancestors, class_weights
-from aisle.train.processes import processes
-from aisle.train.resume import STATE, load_state, save_state, working_folder
-from aisle.train.settings import Settings
-from aisle.train.train import train
+from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.processes import processes
+from aisle.train.core.resume import STATE, load_state, save_state, working_folder
+from aisle.train.core.settings import TrainingSettings
+from aisle.train.fit.loop import Hooks, Scalars, fit, parameter_groups
+from aisle.train.fit.loss import Loss, ancestors, class_weights
+from aisle.train.fit.train import train
 
+from .conftest import wait_for
 from .test_train import FRUIT, table
 
 CPU = torch.device("cpu")
@@ -34,23 +34,27 @@ def fruit(tmp_path: Path) -> Path:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = load_model(checkpoint).state_dict()
+    state: dict[str, torch.Tensor] = Checkpoint(checkpoint).model.state_dict()
     return state
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+def test_a_stopped_and_killed_run_resumes_and_ends_with_the_same_weights(
     fruit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, state = tmp_path / "killed", tmp_path / ".killed.partial" / STATE
-    arguments = ["--epochs", "4", "--batch-size", "4", "--save-every", "4", "-o", str(out)]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "aisle", "train", "--data", str(fruit), *arguments], stderr=subprocess.DEVNULL
-    )
-    while not state.exists():
-        assert running.poll() is None
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "aisle", "train", str(fruit), "-o", str(out)]
+    command += ["--epochs", "4", "--batch-size", "4", "--save-every", "4"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as stopped:
+        wait_for(state.exists)
+        stopped.send_signal(signal.SIGINT)  # Ctrl-C
+        said = stopped.communicate()[1]
+    assert stopped.returncode == 130
+    assert said.splitlines()[-1] == "aisle: stopped; run the same command again to resume"
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as killed:
+        assert killed.stderr is not None
+        assert any("resuming after step" in line for line in killed.stderr)
+        killed.kill()
     left = load_state(state)
     assert left is not None
     step = left["step"]
@@ -58,10 +62,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert len(left["history"]) < 4
     assert not out.exists()
 
-    settings = Settings(epochs=4, batch_size=4)
+    settings = TrainingSettings(epochs=4, batch_size=4)
     capsys.readouterr()
     train(fruit, "text", "category", out, settings, save_every=4)
-    assert f"going on after step {step}" in capsys.readouterr().err
+    assert f"resuming after step {step}" in capsys.readouterr().err
     assert not state.parent.exists()
     train(fruit, "text", "category", tmp_path / "unbroken", settings)
     resumed, unbroken = weights(out), weights(tmp_path / "unbroken")
@@ -74,7 +78,7 @@ def _interrupted(out: Path, identity: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_state_of_other_settings_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_with_other_settings_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     _interrupted(out, {"epochs": 2, "augment": ()})
     with working_folder(out, {"epochs": 2, "augment": ()}) as folder:
@@ -93,7 +97,7 @@ def test_a_state_of_other_settings_is_not_used(tmp_path: Path, capsys: pytest.Ca
     assert "differs in epochs" in capsys.readouterr().err
 
 
-def test_two_processes_train_as_one_does(fruit: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(fruit: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(fruit), "--epochs", "3", "--batch-size", "7", "--dropout", "0", "--json"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
@@ -106,16 +110,16 @@ def test_two_processes_train_as_one_does(fruit: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"]["train"] > 40  # printed once
     assert done.stderr.count("epoch 3: ") == 1
-    train(fruit, "text", "category", tmp_path / "one", Settings(epochs=3, batch_size=7, dropout=0.0))
+    train(fruit, "text", "category", tmp_path / "one", TrainingSettings(epochs=3, batch_size=7, dropout=0.0))
     two, one = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("two", "one"))
     assert (two["processes"], one["processes"]) == (2, 1)
     for ours, theirs in zip(two["epochs"], one["epochs"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05, abs=0.01)
 
 
-def test_accumulation_changes_memory_and_not_the_outcome(fruit: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_result(fruit: Path, tmp_path: Path) -> None:
     for parts in (1, 3):
-        settings = Settings(epochs=2, batch_size=16, dropout=0.0, accumulate=parts)
+        settings = TrainingSettings(epochs=2, batch_size=16, dropout=0.0, accumulate=parts)
         train(fruit, "text", "category", tmp_path / str(parts), settings)
     whole, split = (json.loads((tmp_path / name / "training.json").read_text())["epochs"] for name in "13")
     for ours, theirs in zip(split, whole, strict=True):
@@ -157,17 +161,17 @@ class Scripted:
 
 def test_training_stops_early_and_keeps_its_best_epoch() -> None:
     model, task = tiny(), Scripted([0.5, 0.7, 0.6, 0.7, 0.9])
-    with processes() as team:
-        history = fit(model, task, Settings(epochs=5, patience=2), team, Hooks())
+    with processes() as world:
+        history = fit(model, task, TrainingSettings(epochs=5, patience=2), world, Hooks())
     assert [scalars["score"] for scalars in history] == [0.5, 0.7, 0.6, 0.7]
     assert torch.equal(model.classifier.weight, task.seen[1])
     assert not torch.equal(task.seen[1], task.seen[3])
 
 
-def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
+def test_metrics_are_written_to_tensorboard(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with processes() as team:
-        fit(tiny(), Scripted([0.5, 0.7]), Settings(epochs=2), team, Hooks(log_dir=tmp_path))
+    with processes() as world:
+        fit(tiny(), Scripted([0.5, 0.7]), TrainingSettings(epochs=2), world, Hooks(log_dir=tmp_path))
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("epoch/score")] == pytest.approx([0.5, 0.7])
@@ -175,8 +179,8 @@ def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
 
 def test_lower_layers_learn_slower() -> None:
     model = tiny()
-    rates = {}
-    for group in parameter_groups(model, Settings("some-bert", learning_rate=1.0, layer_decay=0.5)):
+    rates: dict[int, tuple[float, float]] = {}
+    for group in parameter_groups(model, TrainingSettings("some-bert", learning_rate=1.0, layer_decay=0.5)):
         rates |= {id(parameter): (group["lr"], group["weight_decay"]) for parameter in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     assert rates[id(model.classifier.weight)] == (1.0, 0.01)
@@ -193,8 +197,8 @@ TARGETS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
 
 def test_plain_and_smoothed_loss_are_torchs_own() -> None:
     logits = torch.randn(8, 4)
-    plain = Loss(LABELS, TARGETS, Settings(), CPU)
-    smoothed = Loss(LABELS, TARGETS, Settings(label_smoothing=0.2), CPU)
+    plain = Loss(LABELS, TARGETS, TrainingSettings(), CPU)
+    smoothed = Loss(LABELS, TARGETS, TrainingSettings(label_smoothing=0.2), CPU)
     assert torch.allclose(plain(logits, TARGETS).mean(), F.cross_entropy(logits, TARGETS))
     assert torch.allclose(smoothed(logits, TARGETS).mean(), F.cross_entropy(logits, TARGETS, label_smoothing=0.2))
 
@@ -207,14 +211,14 @@ def test_class_weights_even_out_the_categories() -> None:
     assert torch.isfinite(class_weights(TARGETS, 5, 1.0)).all()  # one that occurs nowhere
 
 
-def test_focal_loss_counts_what_is_right_less() -> None:
+def test_focal_loss_weights_easy_texts_less() -> None:
     logits = torch.tensor([[3.0, 0, 0, 0], [0, 0, 3, 0]], requires_grad=True)
     targets = torch.tensor([0, 0])
-    plain = Loss(LABELS, TARGETS, Settings(), CPU)(logits, targets)
-    focal = Loss(LABELS, TARGETS, Settings(focal=2.0), CPU)(logits, targets)
+    plain = Loss(LABELS, TARGETS, TrainingSettings(), CPU)(logits, targets)
+    focal = Loss(LABELS, TARGETS, TrainingSettings(focal=2.0), CPU)(logits, targets)
     right = logits.softmax(dim=1)[:, 0]
     assert torch.allclose(focal, plain * (1 - right) ** 2)
-    torch.autograd.backward(Loss(LABELS, TARGETS, Settings(focal=0.5), CPU)(logits * 100, targets).sum())
+    torch.autograd.backward(Loss(LABELS, TARGETS, TrainingSettings(focal=0.5), CPU)(logits * 100, targets).sum())
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 
@@ -225,9 +229,9 @@ def test_the_loss_at_a_level_is_that_of_the_parents() -> None:
     logits, target = torch.randn(1, 4), torch.tensor([0])
     probabilities = logits.softmax(dim=1)[0]
     expected = -probabilities[0].log() - 0.5 * ((probabilities[0] + probabilities[1]).log() + probabilities[0].log())
-    assert torch.allclose(Loss(LABELS, TARGETS, Settings(level_weight=0.5), CPU)(logits, target)[0], expected)
+    assert torch.allclose(Loss(LABELS, TARGETS, TrainingSettings(level_weight=0.5), CPU)(logits, target)[0], expected)
 
 
 def test_mixup_learns(fruit: Path, tmp_path: Path) -> None:
-    metrics = train(fruit, "text", "category", tmp_path / "out", Settings(epochs=6, batch_size=8, mixup=0.4))
+    metrics = train(fruit, "text", "category", tmp_path / "out", TrainingSettings(epochs=6, batch_size=8, mixup=0.4))
     assert metrics["accuracy"] > 0.9

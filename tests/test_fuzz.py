@@ -1,4 +1,4 @@
-"""Anything at all is sent to the real server: it neither crashes nor hangs, and answers its other callers as ever.
+"""Arbitrary input for the real server: it neither crashes nor hangs, and answers other callers as before.
 
 AISLE_FUZZ=5000 tries that many examples of each kind, at random; without it, the same few are tried each time.
 """
@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -21,7 +22,8 @@ from tritonclient.grpc import service_pb2
 
 from aisle.client import Classifier
 from aisle.client.protocol import CHANNEL
-from aisle.preprocess.clean import TextError, prepare
+from aisle.preprocess.clean import prepare
+from aisle.preprocess.values import TextError
 
 from .conftest import Server
 
@@ -31,12 +33,13 @@ fuzz = settings(
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
-    phases=[Phase.generate],  # what is left of a server that failed says nothing about a smaller example
+    phases=[Phase.generate],  # after a failure of the server, smaller examples prove nothing
     suppress_health_check=list(HealthCheck),
 )
 SECONDS = 30.0  # a call that takes longer hangs, even on a busy machine
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 Request = service_pb2.ModelInferRequest
+Message = Any  # a Request, whose class has no types
 Send = Callable[[bytes], tuple[grpc.StatusCode, str | bytes]]
 
 
@@ -94,11 +97,11 @@ def neighbour(server: Server) -> Iterator[None]:
     assert not wrong
     assert answered
     log = server.log.read_text("utf-8", "replace")
-    assert "stub" not in log.lower()  # no Python model was started anew
+    assert "stub" not in log.lower()  # no Python model was restarted
 
 
-def test_a_neighbours_broken_tensor_is_not_held_against_a_caller(send: Send, server: Server) -> None:
-    """Both are in one batch, which Triton fails as a whole; the caller is answered all the same."""
+def test_a_broken_tensor_of_one_caller_does_not_fail_another(send: Send, server: Server) -> None:
+    """Both are in one batch, which Triton fails as a whole; the other caller still gets its answer."""
     broken = Request(model_name="product_classifier", raw_input_contents=[struct.pack("<I", 9)])
     broken.inputs.add(name="text", datatype="BYTES", shape=[1, 1])
     with Classifier(server.url, timeout=SECONDS) as classifier, ThreadPoolExecutor(8) as pool:
@@ -124,7 +127,7 @@ TEXTS = (
 )
 
 
-def request_of(texts: list[bytes], top_k: int | None) -> Request:
+def request_of(texts: list[bytes], top_k: int | None) -> Message:
     request = Request(model_name="product_classifier")
     request.inputs.add(name="text", datatype="BYTES", shape=[len(texts), 1]).contents.bytes_contents.extend(texts)
     if top_k is not None:
@@ -151,7 +154,7 @@ def is_fit(text: bytes) -> bool:
 @fuzz
 @given(texts=st.lists(TEXTS, min_size=1, max_size=5), top_k=st.none() | st.sampled_from([1, 3, 0, -1, 2**31 - 1]))
 def test_any_texts(send: Send, server: Server, texts: list[bytes], top_k: int | None) -> None:
-    """What `prepare` takes is classified; all else is refused, in words that repeat nothing of it."""
+    """Texts that `prepare` accepts are classified; all others are refused, and messages do not contain the text."""
     status, answer = send(request_of(texts, top_k).SerializeToString())
     k = 1 if top_k is None else top_k
     if not all(map(is_fit, texts)) or not 1 <= k <= server.labels:
@@ -178,7 +181,7 @@ PARAMETERS = st.sampled_from(
 ) | st.sampled_from(
     ["shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "triton_enable_empty_final_response"]
 )
-# What a string tensor's bytes may be: lengths that lie, and lengths cut short.
+# Bytes of string tensors: wrong lengths and truncated lengths.
 RAW = st.one_of(
     st.binary(max_size=64),
     st.binary(max_size=8).flatmap(
@@ -190,22 +193,17 @@ RAW = st.one_of(
 )
 
 
-def valid_request(model: str, labels: int) -> Request:
-    """Return a request that the model takes, of two texts."""
-    if model in ("product_classifier", "tokenizer"):
-        request = request_of(
-            ["红富士苹果 5斤装".encode(), b"usb c cable"], 2 if model == "product_classifier" else None
-        )
+def valid_request(model: str, labels: int) -> Message:
+    """Return a valid request with two texts."""
+    if model != "encoder":
+        request = request_of(["红富士苹果 5斤装".encode(), b"usb c cable"], None if model == "tokenizer" else 2)
         request.model_name = model
         return request
     request = Request(model_name=model)
-    if model == "encoder":
-        request.inputs.add(name="input_ids", datatype="INT32", shape=[2, 4]).contents.int_contents.extend(range(8))
-        request.inputs.add(name="lengths", datatype="INT32", shape=[2, 1]).contents.int_contents.extend([4, 3])
-    else:
-        request.inputs.add(name="logits", datatype="FP32", shape=[2, labels]).contents.fp32_contents.extend(
-            [0.5] * 2 * labels
-        )
+    request.inputs.add(name="input_ids", datatype="INT32", shape=[2, 4]).contents.int_contents.extend(range(8))
+    request.inputs.add(name="lengths", datatype="INT32", shape=[2, 1]).contents.int_contents.extend([4, 3])
+    request.inputs.add(name="top_k", datatype="INT32", shape=[2, 1]).contents.int_contents.extend([2, 2])
+    request.inputs.add(name="return_logits", datatype="BOOL", shape=[2, 1]).contents.bool_contents.extend([True] * 2)
     return request
 
 
@@ -224,7 +222,7 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
 }
 
 
-def mutate(draw: st.DrawFn, request: Request) -> None:
+def mutate(draw: st.DrawFn, request: Message) -> None:
     """Change one thing about a request: its values more often than its frame, where Triton itself finds it out."""
     change = draw(st.sampled_from(["values"] * 6 + ["size"] * 3 + ["raw"] * 3 + FRAME))
     tensor = draw(st.sampled_from(list(request.inputs))) if request.inputs else request.inputs.add()
@@ -270,23 +268,24 @@ def mutate(draw: st.DrawFn, request: Request) -> None:
 
 
 FRAME = ["contents", "shape", "type", "name", "drop", "again", "output", "target", "parameter"]
-MODELS = ("product_classifier", "tokenizer", "encoder", "labeler")
+MODELS = ("product_classifier", "product_decisions", "tokenizer", "encoder")
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
 @st.composite
 def requests(draw: st.DrawFn, labels: int) -> bytes:
-    """Return a request in which some things are not as they should be."""
+    """Return a request with some errors."""
     request = valid_request(draw(st.sampled_from(MODELS)), labels)
     for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
         mutate(draw, request)
-    return request.SerializeToString()
+    message: bytes = request.SerializeToString()
+    return message
 
 
 @fuzz
 @given(data=st.data())
 def test_any_request(send: Send, server: Server, data: st.DataObject) -> None:
-    """What is wrong is refused as the caller's fault: no exception of a Python model, which would spoil its batch."""
+    """Errors are refused as the caller's, without an exception in a Python model, which would fail its batch."""
     status, answer = send(data.draw(requests(server.labels)))
     assert status == grpc.StatusCode.OK or status in REFUSED, answer
 

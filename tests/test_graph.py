@@ -13,7 +13,7 @@ from transformers import (
 from aisle.build.graph import PackedBert
 from aisle.errors import InputError
 from aisle.preprocess.pack import pack
-from aisle.train.evaluate import pad
+from aisle.train.core.predict import pad
 
 
 def random_bert(seed: int, **settings: int) -> BertForSequenceClassification:
@@ -50,7 +50,7 @@ def test_packed_is_exact(texts: int, settings: dict[str, int], limit: int) -> No
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
-def test_sixteen_bits_keep_sums_in_fp32(dtype: torch.dtype, error: float) -> None:
+def test_with_16_bits_sums_stay_in_fp32(dtype: torch.dtype, error: float) -> None:
     model = random_bert(0)
     lengths = np.array([5, 60, 128, 1])
     packed = pack(np.random.default_rng(0).integers(0, 500, lengths.sum()), lengths, 128)

@@ -1,4 +1,4 @@
-"""The linear SVM, which a BERT has to beat and which can help to teach it."""
+"""The linear SVM: a baseline, and a teacher for distillation."""
 
 import random
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aisle.errors import InputError
-from aisle.preprocess.clean import Table
-from aisle.train.linear import LinearSvm, LinearTeacher
+from aisle.preprocess.clean import LabelledTexts
+from aisle.train.core.linear import LinearSvm, LinearTeacher
 
 LABELS = ["水果", "配件", "鞋"]
 WORDS = {
@@ -18,10 +18,10 @@ WORDS = {
 }
 
 
-def shop(rows: int, wrong: float, seed: int = 0) -> Table:
-    """Titles of their category's words, a share of them under another category."""
+def shop(rows: int, wrong: float, seed: int = 0) -> LabelledTexts:
+    """Titles with words of their category; a share of them has a wrong category."""
     rng = random.Random(seed)
-    table = Table([], [])
+    table = LabelledTexts([], [])
     for _ in range(rows):
         label = rng.choice(LABELS)
         table.texts.append(" ".join(rng.choices(WORDS[label], k=3)) + f" {rng.getrandbits(96):x}")
@@ -29,7 +29,7 @@ def shop(rows: int, wrong: float, seed: int = 0) -> Table:
     return table
 
 
-def test_it_learns() -> None:
+def test_the_svm_learns() -> None:
     train = shop(100, wrong=0)
     svm = LinearSvm(train)
     texts = ["苹果 红富士 一箱", "手机壳 防摔"]
@@ -37,21 +37,21 @@ def test_it_learns() -> None:
     assert svm.scores(texts, LABELS).argmax(axis=1).tolist() == [0, 1]
 
 
-def test_a_category_it_has_not_seen_is_its_last_choice_and_two_need_no_more_than_two() -> None:
+def test_an_unseen_category_is_ranked_last() -> None:
     table = shop(100, wrong=0)
     rows = [each for each in zip(table.texts, table.labels, strict=True) if each[1] != "鞋"]
-    svm = LinearSvm(Table([text for text, _ in rows], [label for _, label in rows]))
+    svm = LinearSvm(LabelledTexts([text for text, _ in rows], [label for _, label in rows]))
     scores = svm.scores(["苹果 脆甜", "防摔 耳机"], ["鞋", "水果", "配件"])
     assert scores.argmax(axis=1).tolist() == [1, 2]
     assert np.array_equal(scores[:, 0], scores.min(axis=1))
 
 
-def test_a_teacher_is_no_surer_of_what_it_was_fitted_to_than_of_new_texts() -> None:
-    """Many labels are wrong: an SVM learns them by heart, a cross-fitted one contradicts them."""
+def test_cross_fitting_prevents_overconfidence_on_training_texts() -> None:
+    """Many labels are wrong: an SVM memorizes them, a cross-fitted one does not."""
     train, new = shop(400, wrong=0.5), shop(400, wrong=0.5, seed=1)
     teacher = LinearTeacher(train, LABELS)
 
-    def loss(table: Table) -> float:
+    def loss(table: LabelledTexts) -> float:
         logits = torch.from_numpy(teacher.logits(table.texts))
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor([*map(LABELS.index, table.labels)])))
 
@@ -61,6 +61,6 @@ def test_a_teacher_is_no_surer_of_what_it_was_fitted_to_than_of_new_texts() -> N
     assert 0.7 < loss(new) < np.log(3)  # calibrated: better than not knowing
 
 
-def test_too_few_texts_cannot_be_taught_from() -> None:
+def test_too_few_texts_for_cross_fitting_are_refused() -> None:
     with pytest.raises(InputError, match="too few for an SVM to teach; leave --linear-share out"):
-        LinearTeacher(Table(["苹果 红富士", "手机壳 防摔"], ["水果", "配件"]), ["水果", "配件"])
+        LinearTeacher(LabelledTexts(["苹果 红富士", "手机壳 防摔"], ["水果", "配件"]), ["水果", "配件"])

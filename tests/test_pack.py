@@ -6,7 +6,7 @@ from aisle.preprocess.pack import pack
 
 
 @given(st.lists(st.integers(1, 128), min_size=1, max_size=80))
-def test_every_text_stands_whole_in_one_row(sizes: list[int]) -> None:
+def test_every_text_is_in_one_row(sizes: list[int]) -> None:
     lengths = np.array(sizes)
     tokens = np.arange(1, lengths.sum() + 1)
     packed = pack(tokens, lengths, 128)
@@ -25,17 +25,17 @@ def test_every_text_stands_whole_in_one_row(sizes: list[int]) -> None:
 
 
 def test_rows_are_full() -> None:
-    """The real mix is skewed: many short texts, some at the limit. Computed tokens are then nearly all useful."""
+    """Real texts have many short and some maximal lengths. Then nearly all computed tokens are useful."""
     lengths = np.minimum(128, np.random.default_rng(0).lognormal(3.6, 0.8, 64).astype(int) + 2)
     packed = pack(np.zeros(lengths.sum(), int), lengths, 128)
     assert lengths.sum() / packed.input_ids.size > 0.95
 
 
-def test_a_lone_text_takes_a_row_of_its_own_length() -> None:
+def test_a_single_text_has_a_row_of_its_length() -> None:
     assert pack(np.zeros(21, int), np.array([21]), 128).input_ids.shape == (1, 24)
 
 
-def test_a_few_texts_take_rows_as_wide_as_suits_them() -> None:
+def test_rows_of_a_few_texts_are_narrow() -> None:
     lengths = np.array([70, 66, 65, 20])
     tokens = np.zeros(lengths.sum(), int)
     assert pack(tokens, lengths, 128).input_ids.shape == (3, 88)

@@ -12,9 +12,11 @@ import pytest
 from aisle.errors import InputError
 from aisle.preprocess.clean import clean_rows
 from aisle.preprocess.near import Signer, neighbours
-from aisle.preprocess.quality import clean_file, script
-from aisle.preprocess.table import Row, read_labelled, read_rows, write_rows
-from aisle.train.data import split
+from aisle.preprocess.quality import clean_file
+from aisle.preprocess.tables.table import Row, read_labelled, read_rows
+from aisle.preprocess.tables.writing import write_rows
+from aisle.preprocess.text_profile import script
+from aisle.train.core.split import split
 
 from .conftest import aisle
 
@@ -47,15 +49,15 @@ def table(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def test_without_near_duplicates_a_file_is_cleaned_as_training_cleans_it(sample: Path, tmp_path: Path) -> None:
+def test_a_file_is_cleaned_as_in_training(sample: Path, tmp_path: Path) -> None:
     expected, report = clean_rows(read_labelled(sample, "text", "category"))
     rows, result = cleaned(sample, tmp_path / "out.csv", near=0)
     assert [row["text"] for row in rows] == expected.texts
     assert [row["category"] for row in rows] == expected.labels
-    assert {key: result[key] for key in ("rows_in", "rows_kept", "dropped", "examples")} == vars(report)
+    assert {key: result[key] for key in vars(report)} == vars(report)
 
 
-def test_near_duplicates_are_dropped_from_what_training_keeps(sample: Path, tmp_path: Path) -> None:
+def test_near_duplicates_are_dropped(sample: Path, tmp_path: Path) -> None:
     expected, _ = clean_rows(read_labelled(sample, "text", "category"))
     signatures = np.array([Signer()(text) for text in expected.texts])
     numbers = {label: i for i, label in enumerate(dict.fromkeys(expected.labels))}
@@ -69,7 +71,7 @@ def test_near_duplicates_are_dropped_from_what_training_keeps(sample: Path, tmp_
     assert result["dropped"] == {}
 
 
-def test_what_becomes_of_each_row(tmp_path: Path) -> None:
+def test_the_fate_of_each_row_is_recorded(tmp_path: Path) -> None:
     rows, result = cleaned(table(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl")
     assert rows == [
         {"id": 1, "text": "红富士苹果 5斤装", "category": "水果"},
@@ -95,7 +97,7 @@ def test_what_becomes_of_each_row(tmp_path: Path) -> None:
     assert result["personal_data"] == {"phone": 1, "account": 1}
 
 
-def test_the_report_is_a_page_and_the_same_figures(tmp_path: Path) -> None:
+def test_the_page_and_the_json_have_the_same_figures(tmp_path: Path) -> None:
     source = table(tmp_path / "in.csv", [*ROWS, {"id": 15, "text": "<script>x</script>A<&B", "category": "a<b"}])
     _, result = cleaned(source, tmp_path / "out.csv.gz", page=tmp_path / "pages" / "quality.html")
     assert json.loads((tmp_path / "pages" / "quality.json").read_text()) == result
@@ -109,7 +111,7 @@ def test_the_report_is_a_page_and_the_same_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl.gz", "out.parquet"])
-def test_other_columns_stay_as_they_were(tmp_path: Path, name: str) -> None:
+def test_other_columns_are_unchanged(tmp_path: Path, name: str) -> None:
     day = datetime.date(2024, 5, 1)
     rows = [{"sku": i, "text": f"商品{i}", "category": "ab"[i % 2], "tel": "13800138000", "day": day} for i in range(9)]
     out, _ = cleaned(table(tmp_path / "in.parquet", rows), tmp_path / name)
@@ -164,7 +166,7 @@ def test_pairs_over_the_threshold_are_found_and_pairs_under_it_are_not(rng: rand
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 1.0])
-def test_any_threshold_will_do(threshold: float) -> None:
+def test_all_thresholds_are_supported(threshold: float) -> None:
     signatures = np.array([Signer()(text) for text in ("苹果", "苹果!", "香蕉", "苹果", "x")])
     found = neighbours(signatures, np.array([0, 0, 1, 1, -1]), threshold)
     assert found.leader.tolist() == [0, 0, 2, 3, 4]
@@ -172,7 +174,7 @@ def test_any_threshold_will_do(threshold: float) -> None:
 
 
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
-    """Rows of 8 KiB each: what is held of a row is a fraction of it."""
+    """Rows of 8 KiB: only a fraction of each is kept in memory."""
     letters = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
 
     def rows() -> Iterator[Row]:
@@ -203,8 +205,12 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
         ("a.csv", b"text,label\na,b\n", "no column 'category'; it has: text, label; .* --label-column"),
         ("a.csv", b'text,category\na,b\n"' + b"x" * (1 << 24) + b"y,b\n", "row at line 3: .* is a quote left open"),
         ("a.csv", b"", "no usable row"),
-        ("a.csv", b"text,category\n,b\na,\n", "no usable row .1 empty, as row 1; 1 label missing, as row 2"),
-        ("a.csv", b"text,category\na,b\na,c\n", "every text has conflicting labels, as row 1"),
+        (
+            "a.csv",
+            b"text,category\n,b\na,\n",
+            "no usable row .1 empty, for example row 1; 1 label missing, for example row 2",
+        ),
+        ("a.csv", b"text,category\na,b\na,c\n", "no row is left .2 conflicting labels"),
     ],
 )
 def test_bad_tables_are_one_line(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
@@ -215,7 +221,7 @@ def test_bad_tables_are_one_line(tmp_path: Path, name: str, content: bytes, comp
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_rows_that_cannot_be_read_right_are_dropped_with_their_number(tmp_path: Path) -> None:
+def test_unreadable_rows_are_dropped_and_listed(tmp_path: Path) -> None:
     lines = [
         b"text,category",
         "好,不错,书籍".encode(),
@@ -252,3 +258,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is the input" in done.stderr
     assert "conflicting labels" in aisle("clean", source, "-o", tmp_path / "out.csv").stdout
+
+
+def test_one_column_may_be_text_and_category(tmp_path: Path) -> None:
+    """As in a list of category names that is to be checked; the category's form is written."""
+    source, out = tmp_path / "names.csv", tmp_path / "out.csv"
+    source.write_text("name\n水果 > 苹果\n手机壳\n")
+    assert clean_file(source, out, "name", "name")["rows_kept"] == 2
+    assert [row["name"] for row in read_rows(out)] == ["水果 > 苹果", "手机壳"]

@@ -4,17 +4,17 @@ from pathlib import Path
 import pytest
 
 from aisle.errors import InputError
-from aisle.train.settings import Settings
+from aisle.train.core.settings import TrainingSettings
 
 from .test_train import FRUIT, table
 
 pytest.importorskip("optuna")
-from aisle.train.search import arguments, search
+from aisle.train.experiments.search import arguments, search
 
 
-def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_search_resumes(tmp_path: Path) -> None:
     data, out = table(tmp_path / "fruit.csv", FRUIT), tmp_path / "search"
-    settings = Settings(epochs=1, max_tokens=32)
+    settings = TrainingSettings(epochs=1, max_tokens=32)
     first = search(data, "text", "category", out, settings, trials=2)
     more = search(data, "text", "category", out, settings, trials=3)
     assert [len(result["trials"]) for result in (first, more)] == [2, 3]
@@ -26,10 +26,10 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "--epochs 1 --max-tokens 32 " in more["train_with"]
     assert "--learning-rate" in more["train_with"]
 
-    with pytest.raises(InputError, match="other data or from other settings"):
-        search(data, "text", "category", out, Settings(epochs=2), trials=4)
+    with pytest.raises(InputError, match="other data or settings"):
+        search(data, "text", "category", out, TrainingSettings(epochs=2), trials=4)
 
 
-def test_settings_are_told_as_the_command_takes_them() -> None:
+def test_the_best_settings_are_shown_as_options() -> None:
     told = arguments({"learning_rate": 0.000123, "batch_size": 64, "augment": ("swap", "drop")})
     assert told == ["--learning-rate", "0.000123", "--batch-size", "64", "--augment", "swap", "--augment", "drop"]

@@ -1,4 +1,4 @@
-"""What callers may not do, what no log may hold, and what is never executed."""
+"""What callers cannot do, what no log contains, and what is never executed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
 from aisle.client import TLS, Classifier, ClassifierError, InvalidText, Unavailable
-from aisle.deploy.access import ServerTLS, admin_headers
-from aisle.deploy.triton import free_ports
+from aisle.deploy.server.access import ServerTLS, admin_headers
+from aisle.deploy.server.triton import free_ports
 from aisle.errors import InputError
-from aisle.preprocess.clean import MAX_BYTES, TextError, prepare
-from aisle.train.checkpoint import load_model
-from aisle.train.model import from_pretrained
+from aisle.preprocess.clean import MAX_BYTES, prepare
+from aisle.preprocess.values import TextError
+from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.fit.model import from_pretrained
 
 from .conftest import Server, aisle
 
@@ -47,8 +48,8 @@ def admin(server: Server) -> dict[str, str]:
 Call = Callable[[InferenceServerClient, dict[str, str] | None], Any]
 CLOSED: dict[str, Call] = {
     "list models": lambda triton, h: triton.get_model_repository_index(headers=h),
-    "load": lambda triton, h: triton.load_model("labeler", headers=h),
-    "unload": lambda triton, h: triton.unload_model("labeler", headers=h),
+    "load": lambda triton, h: triton.load_model("encoder", headers=h),
+    "unload": lambda triton, h: triton.unload_model("encoder", headers=h),
     "shared memory": lambda triton, h: triton.register_system_shared_memory("x", "/x", 8, headers=h),
     "shared memory status": lambda triton, h: triton.get_system_shared_memory_status(headers=h),
     "GPU memory": lambda triton, h: triton.register_cuda_shared_memory("x", b"", 0, 8, headers=h),
@@ -61,18 +62,20 @@ CLOSED: dict[str, Call] = {
 
 @pytest.mark.parametrize("what", CLOSED)
 @pytest.mark.parametrize("key", [None, "", "0" * 64])
-def test_callers_have_no_say(triton: InferenceServerClient, admin: dict[str, str], what: str, key: str | None) -> None:
+def test_callers_cannot_use_restricted_protocols(
+    triton: InferenceServerClient, admin: dict[str, str], what: str, key: str | None
+) -> None:
     headers = None if key is None else dict.fromkeys(admin, key)
     with pytest.raises(InferenceServerException, match="This protocol is restricted"):
         CLOSED[what](triton, headers)
 
 
 @pytest.mark.parametrize("what", ["list models", "shared memory status", "log settings", "trace settings"])
-def test_the_key_opens(triton: InferenceServerClient, admin: dict[str, str], what: str) -> None:
+def test_the_key_allows_restricted_protocols(triton: InferenceServerClient, admin: dict[str, str], what: str) -> None:
     CLOSED[what](triton, admin)
 
 
-def test_callers_can_ask(triton: InferenceServerClient, classifier: Classifier) -> None:
+def test_callers_can_query_metadata(triton: InferenceServerClient, classifier: Classifier) -> None:
     assert triton.is_server_ready()
     assert triton.is_model_ready("product_classifier")
     assert triton.get_model_metadata("product_classifier").versions == ["1"]
@@ -80,18 +83,18 @@ def test_callers_can_ask(triton: InferenceServerClient, classifier: Classifier) 
     assert classifier.classify([CANARY])
 
 
-def test_the_key_is_the_owners_alone(server: Server, admin: dict[str, str], tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_key(server: Server, admin: dict[str, str], tmp_path: Path) -> None:
     port = server.url.partition(":")[2]
     code = (
         "import os, sys\n"
-        "from aisle.deploy import access\n"
+        "from aisle.deploy.server import access\n"
         "file = access._key_file(int(sys.argv[1]))\n"
         "print(oct(file.stat().st_mode & 0o777), oct(file.parent.stat().st_mode & 0o777))\n"
     )
     shown = subprocess.run([sys.executable, "-c", code, port], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["0o600", "0o700"]
     assert not any(key in server.log.read_text("utf-8", "replace") for key in admin.values())
-    with pytest.raises(InputError, match="no server of this user on port"):
+    with pytest.raises(InputError, match="this user runs no server on port"):
         admin_headers(free_ports(1)[0])
 
 
@@ -109,7 +112,7 @@ def test_a_key_folder_made_by_others_is_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem; server.key, server.pem; client.key, client.pem; another authority's stranger.key, stranger.pem."""
+    """ca.pem; server.key, server.pem; client.key, client.pem; stranger.key and stranger.pem of another authority."""
     folder = tmp_path_factory.mktemp("pki")
     authority, other = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
@@ -128,7 +131,7 @@ def test_mutual_tls_from_a_read_only_repository(
     command = ["env", "PATH=/nowhere", sys.executable, "-m", "aisle", "serve", "--repository", str(repository)]
     command += ["--grpc-port", grpc, "--metrics-port", metrics, "--tls-cert", str(pki / "server.pem")]
     command += ["--tls-key", str(pki / "server.key"), "--tls-client-ca", str(pki / "ca.pem")]
-    # As root, permissions keep nobody from writing: the repository is mounted read-only, in a namespace of its own.
+    # Root can write anywhere, so the repository is mounted read-only, in its own namespace.
     mounts = f"mount --bind {repository} {repository} && mount -o remount,ro,bind {repository} {repository}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mounts], capture_output=True, check=False).returncode == 0:
         command = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
@@ -163,7 +166,7 @@ def test_mutual_tls_from_a_read_only_repository(
     assert not any((tmp_path / f"aisle-{os.getuid()}").iterdir())
 
 
-def test_tls_files_are_checked_first(pki: Path) -> None:
+def test_tls_files_are_checked_before_the_start(pki: Path) -> None:
     for certificate, key, authority in [
         ("server.pem", "client.key", None),
         ("none.pem", "server.key", None),
@@ -178,23 +181,25 @@ def test_tls_files_are_checked_first(pki: Path) -> None:
         Classifier("localhost:1", tls=TLS(pki / "ca.pem", pki / "client.key"))
     with pytest.raises(InputError, match="NAME:SECRET"):
         Classifier("localhost:1", tls=TLS(), token="x")
-    for arguments in (["--tls-cert", "a"], ["--tls-key", "a"], ["--tls-client-ca", "a"]):
-        done = aisle("serve", *arguments)
+    for option in ("--tls-cert", "--tls-key", "--tls-client-ca"):
+        done = aisle("serve", option, pki / "server.pem")
         assert done.returncode == 2
         assert "--tls-cert" in done.stderr
+        done = aisle("serve", option, "none.pem")  # the existence of files is checked first
+        assert (done.returncode, done.stderr) == (2, "aisle: none.pem: no such file\n")
 
 
 def test_no_text_in_any_log(
     server: Server, classifier: Classifier, triton: InferenceServerClient, admin: dict[str, str]
 ) -> None:
-    """Good, bad and over-long texts, with Triton at its most talkative."""
+    """Good, bad and too long texts, with Triton at its most verbose."""
     triton.update_log_settings({"log_verbose_level": 9}, headers=admin)
     messages = []
     try:
         classifier.classify([CANARY, "f00dcafe"])
         for text in (b"f00dcafe\xff", "f00dcafe" * (MAX_BYTES // 8 + 1), "<f00dcafe>", "f00dcafe\ud800"):
             with pytest.raises(InvalidText) as caught:
-                classifier.classify([CANARY, text])  # type: ignore[list-item]
+                classifier.classify([CANARY, text])
             messages.append(str(caught.value))
         with pytest.raises(InvalidText) as caught:
             classifier.classify([CANARY], top_k=10_000)
@@ -205,13 +210,13 @@ def test_no_text_in_any_log(
     finally:
         triton.update_log_settings({"log_verbose_level": 0}, headers=admin)
     log = server.log.read_text("utf-8", "replace")
-    assert "ModelInferHandler" in log  # it was talkative
+    assert "ModelInferHandler" in log  # the log was verbose
     for place in (log, *messages):
         assert "f00dcafe" not in place.casefold()
 
 
 @given(text=st.text(min_size=1) | st.binary(min_size=1))
-def test_complaints_repeat_nothing(text: str | bytes) -> None:
+def test_error_messages_contain_no_text(text: str | bytes) -> None:
     complaint = ""
     try:
         prepare(text)
@@ -222,7 +227,7 @@ def test_complaints_repeat_nothing(text: str | bytes) -> None:
 
 
 class Malice:
-    """Unpickled, it leaves a file behind."""
+    """When unpickled, it writes a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -232,7 +237,7 @@ class Malice:
 
 
 def test_pickles_are_not_opened(checkpoint: Path, tmp_path: Path) -> None:
-    """A model whose weights are a pickle alone is refused in one line, and what is in it does not run."""
+    """A model with only pickled weights is refused in one line, and code in the pickle does not run."""
     trap = tmp_path / "executed"
     folder = tmp_path / "model"
     folder.mkdir()
@@ -240,18 +245,18 @@ def test_pickles_are_not_opened(checkpoint: Path, tmp_path: Path) -> None:
         (folder / name).write_bytes((checkpoint / name).read_bytes())
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malice(trap)))
     with pytest.raises(InputError, match=r"lacks model\.safetensors"):
-        load_model(folder)
+        _ = Checkpoint(folder).model
     with pytest.raises(InputError, match="safetensors") as caught:
         from_pretrained(str(folder), ["a", "b"], 128, 0.1)
     assert "\n" not in str(caught.value)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Malice(trap)))
     with pytest.raises(InputError, match="cannot be loaded"):
-        load_model(folder)
+        _ = Checkpoint(folder).model
     assert not trap.exists()
 
 
-def test_code_of_others_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    """A configuration that names code of its own is refused or read as plain BERT; the code does not run."""
+def test_code_in_a_model_folder_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    """A configuration that names its own code is refused or read as plain BERT; the code does not run."""
     folder, trap = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())

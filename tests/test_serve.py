@@ -1,11 +1,9 @@
-"""Over the wire, against the real server."""
+"""Requests to the real server."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -19,20 +17,20 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, InferenceServerException, InferInput, InferRequestedOutput
 
 from aisle.build.engine import EngineSpec
-from aisle.client import AsyncClassifier, Classifier, ClassifierError, InvalidText, protocol
+from aisle.client import Classifier, ClassifierError, InvalidText
 from aisle.preprocess.clean import MAX_BYTES, prepare
-from aisle.preprocess.encode import Encoder
-from aisle.train.checkpoint import load_model, read_labels
-from aisle.train.evaluate import evaluate, logits_of
+from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.predict import logits_of
+from aisle.train.evaluation.evaluate import evaluate
 
-from .conftest import Server, series, total
+from .conftest import Server
 
 TEXTS = [
     "红富士苹果 5斤装",
     "<b>手机壳</b> 磨砂防摔 适用苹果手机",
     "ＷＩＲＥＬＥＳＳ earbuds &amp; case!!!",
     "洗发水\u200b 控油去屑 500ml",
-    "婴儿奶粉 " * 200,  # cut at the limit
+    "婴儿奶粉 " * 200,  # truncated at the limit
     "𠮷野家 emoji 🎧",
 ]
 
@@ -57,16 +55,16 @@ def statistics(triton: InferenceServerClient, model: str) -> Any:
 def test_training_and_serving_see_the_same_tokens(triton: InferenceServerClient, checkpoint: Path) -> None:
     result = triton.infer("tokenizer", [tensor("text", [[t.encode()] for t in TEXTS], "BYTES")])
     input_ids, lengths = result.as_numpy("input_ids"), result.as_numpy("lengths")[:, 0]
-    expected = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in TEXTS])
+    expected = Checkpoint(checkpoint).tokenizer.tokens([prepare(text) for text in TEXTS])
     assert [row[:n].tolist() for row, n in zip(input_ids, lengths, strict=True)] == expected
     assert max(map(len, expected)) == 128
 
 
 def test_served_probabilities_are_pytorchs(classifier: Classifier, server: Server, checkpoint: Path) -> None:
-    tokens = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in TEXTS])
-    logits = logits_of(load_model(checkpoint), tokens, "expected").astype(float)
+    tokens = Checkpoint(checkpoint).tokenizer.tokens([prepare(text) for text in TEXTS])
+    logits = logits_of(Checkpoint(checkpoint).model, tokens, "expected").astype(float)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    labels = read_labels(checkpoint)
+    labels = Checkpoint(checkpoint).labels
     for answer, row in zip(classifier.classify(TEXTS, top_k=server.labels), probabilities, strict=True):
         assert sum(answer.confidences) == pytest.approx(1, abs=1e-5)
         assert list(answer.confidences) == sorted(answer.confidences, reverse=True)
@@ -81,27 +79,21 @@ def test_served_accuracy_is_pytorchs(server: Server, checkpoint: Path, sample: P
         assert served[key] == local[key]
 
 
-def cache_hits(triton: InferenceServerClient) -> int:
-    return int(statistics(triton, "encoder").inference_stats.cache_hit.count)
-
-
-def test_the_cache_knows_cleaned_texts_and_serves_any_top_k(
-    classifier: Classifier, triton: InferenceServerClient
-) -> None:
-    before = cache_hits(triton)
+def test_the_cache_uses_cleaned_texts_and_any_top_k(classifier: Classifier, server: Server) -> None:
+    before = server.figures()
     texts = ["缓存 测试", "缓存  测试", " 缓存&nbsp;测试", "缓存 测试"]
     answers = [classifier.classify([text], top_k=k)[0] for text, k in zip(texts, (3, 5, 1, 3), strict=True)]
     assert [len(answer.categories) for answer in answers] == [3, 5, 1, 3]
     assert answers[0] == answers[3]
     assert answers[0].categories == answers[1].categories[:3]
-    assert cache_hits(triton) == before + 3
+    after = server.figures()
+    hits, lookups = (f'aisle_cache_{name}_total{{version="1"}}' for name in ("hits", "lookups"))
+    assert after[lookups] - before[lookups] == 4
+    assert after[hits] - before[hits] == 2  # five are more than the three in the cache
 
 
-def test_who_asks_for_one_output_cuts_nobody_elses_answer_short(
-    classifier: Classifier, triton: InferenceServerClient
-) -> None:
-    """Triton's key leaves the requested outputs out, so only a model of one output may have a cache."""
-    [text] = protocol.inputs(["只要类别"], top_k=1)
+def test_requesting_one_output_does_not_affect_others(classifier: Classifier, triton: InferenceServerClient) -> None:
+    text = tensor("text", [["只要类别".encode()]], "BYTES")
     alone = triton.infer("product_classifier", [text], outputs=[InferRequestedOutput("category")])
     assert alone.as_numpy("confidence") is None
     answer = classifier.classify(["只要类别"])[0]
@@ -109,7 +101,24 @@ def test_who_asks_for_one_output_cuts_nobody_elses_answer_short(
     assert 0 < answer.confidence <= 1
 
 
-BAD_TEXTS = [
+def test_the_share_of_unknown_tokens_is_returned(
+    classifier: Classifier, triton: InferenceServerClient, server: Server
+) -> None:
+    """Also for cached answers, and if only some outputs are requested."""
+    before = server.figures()
+    texts = ["红富士苹果", "𠮷𠮷𠮷", "红富士苹果", "𠮷𠮷𠮷"]
+    shares = [classifier.classify([text])[0].unknown for text in texts]
+    assert shares == [0, 1, 0, 1]
+    assert [answer.unknown for answer in classifier.classify(texts)] == shares
+    after, name = server.figures(), 'aisle_texts_unknown_total{version="1"}'
+    assert after[name] - before[name] == 4
+    text = tensor("text", [["只要 𠮷𠮷".encode()]], "BYTES")
+    for asked in (["category"], ["unknown"], ["category", "confidence"], ["unknown", "confidence"]):
+        result = triton.infer("product_classifier", [text], outputs=[InferRequestedOutput(name) for name in asked])
+        assert {output.name for output in result.get_response().outputs} == set(asked)
+
+
+BAD_TEXTS: list[tuple[str | bytes, str]] = [
     (b"", "empty once cleaned; send"),
     (b" <br> \n", "empty once cleaned"),
     (b"\xff\xfe\xfd", "not valid UTF-8; encode it"),
@@ -125,8 +134,10 @@ def test_a_bad_text_is_an_invalid_argument(classifier: Classifier, text: str | b
         classifier.classify(["好", text, "坏"])
 
 
-def test_a_bad_request_spoils_no_other_of_its_batch(classifier: Classifier, triton: InferenceServerClient) -> None:
-    """Good and bad requests arrive together; each gets its own answer, and they did share executions."""
+def test_a_bad_request_does_not_fail_others_in_its_batch(
+    server: Server, classifier: Classifier, triton: InferenceServerClient
+) -> None:
+    """Good and bad requests arrive together and share executions; each gets its own answer."""
     good = [f"苹果 {i}斤装" for i in range(60)]
     expected = {text: classifier.classify([text, "另一件"], top_k=2)[0] for text in good}
     before = statistics(triton, "tokenizer")
@@ -140,7 +151,11 @@ def test_a_bad_request_spoils_no_other_of_its_batch(classifier: Classifier, trit
             assert answer.categories == expected[good[number % 60]].categories
 
     with ThreadPoolExecutor(32) as pool:
-        list(pool.map(ask, range(400)))
+        with server.held("tokenizer"):
+            calls = [pool.submit(ask, number) for number in range(400)]
+            server.wait_for_requests("tokenizer", 24)
+        for call in calls:
+            call.result()
     after = statistics(triton, "tokenizer")
     assert after.execution_count - before.execution_count < after.inference_count - before.inference_count
 
@@ -179,45 +194,43 @@ def test_unknown_model_version(server: Server) -> None:
         classifier.classify(["好"])
 
 
-def test_texts_of_different_lengths_meet_in_one_batch(
+def test_texts_of_different_lengths_share_a_batch(
     classifier: Classifier, triton: InferenceServerClient, server: Server
 ) -> None:
-    """In the engine's; Triton hands the requests on as they come, though those that come together in one execution."""
-    before, batches = statistics(triton, "encoder"), total(server.metrics, "aisle_engine_batches_total")
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(lambda i: classifier.classify([f"第{i}件 " + "长" * (i % 100)]), range(300)))
+    """They share a batch of the engine. Triton passes requests on as they arrive."""
+    before, statistics_before = server.figures(), statistics(triton, "encoder")
+    with ThreadPoolExecutor(64) as pool:
+        with server.held():
+            calls = [pool.submit(classifier.classify, [f"第{i}件 " + "长" * i]) for i in range(64)]
+            server.wait_for_requests("encoder", 48)  # Triton holds them while the engine has the first ones
+        assert all(call.result() for call in calls)
     after = statistics(triton, "encoder")
-    assert after.inference_count - before.inference_count == 300
-    assert after.execution_count - before.execution_count < 300
-    time.sleep(3)  # more than between two reports
-    assert 0 < total(server.metrics, "aisle_engine_batches_total") - batches < 150
+    assert after.inference_count - statistics_before.inference_count == 64
+    assert after.execution_count - statistics_before.execution_count < 64
+    name = 'aisle_engine_batches_total{version="1"}'
+    assert 0 < server.figures()[name] - before[name] < 32
 
 
 def test_health_and_metrics(server: Server) -> None:
-    with grpc.insecure_channel(server.url) as channel:  # the check that Kubernetes and Envoy know
+    with grpc.insecure_channel(server.url) as channel:  # the health check of Kubernetes and Envoy
         assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"  # status: SERVING
     metrics = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
-    for name in ("nv_inference_count", "nv_inference_exec_count", "nv_cache_num_hits_per_model"):
-        assert f'{name}{{model="product_classifier"' in metrics or f'{name}{{model="encoder"' in metrics
+    for name in ("nv_inference_count", "nv_inference_exec_count"):
+        assert f'{name}{{model="product_classifier"' in metrics
+    assert 'aisle_cache_hits_total{version="1"}' in metrics
 
 
-def test_batches_fill_at_load(server: Server, rng: random.Random) -> None:
-    """Requests of a few texts, of all lengths: next to nothing that the engine computes is padding."""
+def test_batches_have_little_padding_under_load(server: Server, rng: random.Random) -> None:
+    """With requests of a few texts, of all lengths, the engine computes little padding."""
     texts = [f"{i} " + "婴儿奶粉" * int(rng.lognormvariate(3, 0.8)) for i in range(800)]
-    before = figures(server)
-
-    async def main() -> None:
-        async with AsyncClassifier(server.url, timeout=120) as client:
-            callers = asyncio.Semaphore(100)
-
-            async def call(few: list[str]) -> None:
-                async with callers:
-                    await client.classify(few)
-
-            await asyncio.gather(*(call(texts[i : i + 4]) for i in range(0, len(texts), 4)))
-
-    asyncio.run(main())
-    after = figures(server)
+    before = server.figures()
+    with Classifier(server.url, timeout=120) as classifier, ThreadPoolExecutor(50) as pool:
+        with server.held():
+            tokenized = server.tokenized()
+            calls = [pool.submit(classifier.classify, texts[i : i + 16]) for i in range(0, len(texts), 16)]
+            server.wait_for_texts(tokenized + len(texts))
+        assert all(call.result() for call in calls)
+    after = server.figures()
 
     def grown(counter: str) -> float:
         name = f'aisle_{counter}_total{{version="1"}}'
@@ -228,22 +241,16 @@ def test_batches_fill_at_load(server: Server, rng: random.Random) -> None:
     assert grown("engine_batches") < 80
 
 
-def figures(server: Server) -> dict[str, float]:
-    """Return the metrics' series and their values, late enough for the models to have reported all they counted."""
-    time.sleep(3)
-    return series(server.metrics)
-
-
 def test_metrics_count_texts_tokens_and_answers(
     server: Server, classifier: Classifier, checkpoint: Path, repository: Path
 ) -> None:
     texts = [f"计数 {i}号 苹果" for i in range(20)] + ["婴儿奶粉 计数 " * 200, "计数 电话 13812345678"]
-    before = figures(server)
+    before = server.figures()
     answers = classifier.classify(texts)
     for bad, _ in BAD_TEXTS:
         with pytest.raises(InvalidText):
             classifier.classify(["计数", bad])
-    after = figures(server)
+    after = server.figures()
 
     def grown(name: str, **labels: str) -> float:
         inside = ",".join(f'{key}="{value}"' for key, value in sorted({**labels, "version": "1"}.items()))
@@ -257,7 +264,7 @@ def test_metrics_count_texts_tokens_and_answers(
         reason: grown("aisle_texts_rejected_total", reason=reason) for reason in ("empty", "not UTF-8", "over-long")
     }
     assert reasons == {"empty": 2, "not UTF-8": 1, "over-long": 1}
-    tokens = Encoder(checkpoint / "tokenizer.json").tokens([prepare(text) for text in texts])
+    tokens = Checkpoint(checkpoint).tokenizer.tokens([prepare(text) for text in texts])
     assert grown("aisle_tokens_useful_total") == sum(map(len, tokens)) <= grown("aisle_tokens_computed_total")
     assert grown("aisle_engine_seconds_total") > 0
     assert 1 <= grown("aisle_engine_batches_total") < 22
@@ -269,7 +276,7 @@ def test_metrics_count_texts_tokens_and_answers(
         expected = sum(answer.confidence <= float(le) for answer in answers)
         assert grown("aisle_confidence_bucket", le=le) == expected
     spec = EngineSpec.load(repository / "encoder" / "1")
-    info = f'checkpoint="{spec.checkpoint}",precision="fp32",target="openvino",version="1"'
+    info = f'checkpoint="{spec.checkpoint}",gate="passed",precision="fp32",target="openvino",version="1"'
     assert after[f"aisle_model_info{{{info}}}"] == 1
 
 
@@ -279,4 +286,8 @@ def test_the_contract(triton: InferenceServerClient) -> None:
         {"name": "text", "datatype": "BYTES", "shape": ["-1", "1"]},
         {"name": "top_k", "datatype": "INT32", "shape": ["-1", "1"]},
     ]
-    assert [(o["name"], o["datatype"]) for o in metadata["outputs"]] == [("category", "BYTES"), ("confidence", "FP32")]
+    assert [(o["name"], o["datatype"]) for o in metadata["outputs"]] == [
+        ("category", "BYTES"),
+        ("confidence", "FP32"),
+        ("unknown", "FP32"),
+    ]

@@ -3,7 +3,7 @@
 import logging
 import os
 
-# Their own bars and notices stay off the screen: ours say what happens.
+# The libraries' own progress bars and notices are switched off; Aisle shows its own.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from aisle.commands import Json, LabelColumn, TextColumn, report
-from aisle.console import say, stdout, track
+from aisle.commands import Json, LabelColumn, OutputTable, Report, Seed, Table, TextColumn, other_columns, report
+from aisle.commands.command import Stage
+from aisle.commands.tables import (
+    FoldLabels,
+    LabelMap,
+    MinRows,
+    labelling,
+    note_labels,
+    reads_tables,
+    refuse_two_on_stdout,
+    writes_tables,
+)
+from aisle.console import cell, new_table, show, stdout, track
 
-app = typer.Typer()
+app = Stage()
 
 
 @app.command()
+@writes_tables
 def sample(
-    out: Annotated[Path, typer.Option("-o", "--output", help="The table to write.")],
-    rows: Annotated[int, typer.Option(min=1)] = 16000,
-    seed: int = 0,
+    out: OutputTable,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 16000,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Write the sample catalogue: SYNTHETIC product titles with their categories."""
-    from aisle.train.catalogue import write_sample
+    from aisle.train.synthetic.catalogue import write_sample
 
-    report(write_sample(out, rows, seed), as_json, lambda r: say(f"{r['rows']} synthetic rows in {out}"))
+    refuse_two_on_stdout(out, as_json)
+    following = f"{rows} SYNTHETIC rows in {out}", "aisle", "train", out, "-o", "checkpoint"
+    report(write_sample(out, rows, seed), as_json, lambda _: None, () if str(out) == "-" else following)
 
 
 @app.command()
+@reads_tables
+@writes_tables
 def clean(
-    data: Annotated[Path, typer.Argument(help="Labelled texts: CSV, TSV, JSONL (or .gz) or Parquet.")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="The table to write.")],
+    data: Table,
+    out: OutputTable,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     near: Annotated[
-        float, typer.Option(min=0, max=1, help="Jaccard similarity of near-duplicates; 0 keeps them all.")
+        float, typer.Option(min=0, max=1, help="Jaccard similarity of near-duplicates; 0 keeps all of them.")
     ] = 0.8,
-    page: Annotated[
-        Path | None, typer.Option("--report", help="The HTML report; by default beside the table, with a .json.")
-    ] = None,
+    page: Report = None,
+    fold_labels: FoldLabels = False,
+    label_map: LabelMap = None,
+    min_rows: MinRows = 0,
     as_json: Json = False,
 ) -> None:
-    """Clean a table of any size: copies, conflicting labels, personal data; with a report."""
+    """Clean a table: drop copies and conflicting labels, replace personal data, and write a report."""
     from aisle.preprocess.quality import clean_file
 
-    result = clean_file(data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"))
-    report(result, as_json, _show_cleaning)
+    refuse_two_on_stdout(out, as_json)
+    rules = labelling(fold_labels, label_map, min_rows)
+    result = clean_file(data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules)
+    note_labels(result)
+    columns = other_columns(text_column, label_column)
+    following = (f"clean table in {out}", "aisle", "train", out, *columns, "-o", "checkpoint")
+    report(result, as_json, _show_cleaning, () if str(out) == "-" else following)
 
 
 def _show_cleaning(result: dict[str, Any]) -> None:
-    table = Table("dropped", "rows", "first of them")
+    table = new_table("reason", "rows dropped", "first row numbers")
     for reason, rows in result["dropped"].items():
-        table.add_row(reason, str(rows), ", ".join(map(str, result["examples"][reason])))
+        table.add_row(cell(reason), cell(rows), ", ".join(map(str, result["examples"][reason])))
+    if result["output"] == "-":  # stdout has the table
+        return
     stdout.print(table)
-    stdout.print(f"{result['rows_kept']} of {result['rows_in']} rows in {result['output']}; see {result['report']}")
+    show(f"{result['rows_kept']} of {result['rows_in']} rows in {result['output']}; see {result['report']}")

@@ -1,54 +1,80 @@
-"""Serving, and calling what is served."""
+"""Serving: start a server, and classify texts with it."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from aisle.commands import Json, Repository, TextColumn, Url, report
-from aisle.console import say, stdout, track
+from aisle.commands import Json, Repository, TextColumn, Url, data_argument, other_columns, report
+from aisle.commands.command import Stage, file_to_read, file_to_write, refuse, resumable
+from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
+from aisle.console import cell, new_table, stdout, track
 from aisle.errors import InputError
 
-app = typer.Typer()
-TopK = Annotated[int, typer.Option(help="How many categories a text gets.")]
+if TYPE_CHECKING:
+    from aisle.client import Prediction
+
+app = Stage()
+TopK = Annotated[int, typer.Option(min=1, help="Number of categories for each text.")]
 
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     repository: Repository = Path("model_repository"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    grpc_port: int = 8001,
-    http_port: Annotated[int | None, typer.Option(help="Offers HTTP too, which is plain text.")] = None,
-    metrics_host: Annotated[str, typer.Option(help="Address of the metrics; 0.0.0.0 for all.")] = "127.0.0.1",
-    metrics_port: int = 8002,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM: the server's certificate; turns TLS on.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM: its private key.")] = None,
-    tls_client_ca: Annotated[
-        Path | None, typer.Option(help="PEM: the authority of the clients; turns mutual TLS on.")
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of gRPC.")] = 8001,
+    http_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of HTTP, which is not encrypted.", show_default="off")
     ] = None,
-    model_config_name: Annotated[str, typer.Option(help="Picks MODEL/configs/NAME.pbtxt; 'gpu' on a GPU.")] = "",
-    cache_mb: Annotated[int, typer.Option(min=0, help="Response cache in MiB; 0 turns it off.")] = 256,
-    trace_url: Annotated[str, typer.Option(help="OTLP/HTTP endpoint for traces, as http://HOST:4318/v1/traces.")] = "",
+    metrics_host: Annotated[str, typer.Option(help="Address of the metrics; 0.0.0.0 for all.")] = "127.0.0.1",
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the metrics.")] = 8002,
+    tls_cert: Annotated[
+        Path | None, typer.Option(callback=file_to_read, help="PEM: the server's certificate; turns TLS on.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(callback=file_to_read, help="PEM: the server's private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(callback=file_to_read, help="PEM: the authority of the clients; turns mutual TLS on."),
+    ] = None,
+    model_config_name: Annotated[
+        str, typer.Option(help="Use MODEL/configs/NAME.pbtxt; 'gpu' on a GPU.", show_default="config.pbtxt")
+    ] = "",
+    cache_mb: Annotated[
+        int, typer.Option(min=0, help="Size of the answer cache in each encoder process, in MiB; 0 turns it off.")
+    ] = 256,
+    trace_url: Annotated[
+        str, typer.Option(help="OTLP/HTTP endpoint for traces, such as http://HOST:4318/v1/traces.")
+    ] = "",
     trace_one_in: Annotated[int, typer.Option(min=1, help="Trace one in N of the requests without a trace.")] = 1000,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
+    log_json: Annotated[bool, typer.Option(help="Log JSON objects, one per line.")] = False,
 ) -> None:
-    """Serve the model repository with Triton until stopped: restarted when it fails, changed by `aisle deploy`."""
-    from aisle.deploy.access import ServerTLS
-    from aisle.deploy.logs import stderr_as_json
-    from aisle.deploy.supervise import serve_forever
-    from aisle.deploy.triton import Options
+    """Serve the model repository with Triton until stopped. Failures restart it; `aisle deploy` changes the model."""
+    from aisle.deploy.server.access import ServerTLS
+    from aisle.deploy.server.logs import stderr_as_json
+    from aisle.deploy.server.supervise import serve_forever
+    from aisle.deploy.server.triton import ServerOptions
 
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
-        raise InputError("TLS needs both --tls-cert and --tls-key; mutual TLS needs --tls-client-ca besides")
+        raise InputError("TLS needs both --tls-cert and --tls-key; mutual TLS also needs --tls-client-ca")
+    if not trace_url:
+        refuse(ctx, "trace_one_in", because="needs --trace-url URL")
+    elif not re.match(r"https?://[^/]+", trace_url):
+        raise InputError(f"--trace-url {trace_url}: give an OTLP/HTTP endpoint, such as http://HOST:4318/v1/traces")
+    _check_addresses(("--host", host), ("--metrics-host", metrics_host))
+    _check_memory(cache_mb)
+    ports = [port for port in (grpc_port, http_port, metrics_port) if port is not None]
+    if len({*ports}) < len(ports):
+        raise InputError("gRPC, HTTP and metrics need different ports")
     if log_json:
         stderr_as_json()
-    options = Options(
+    options = ServerOptions(
         repository,
         host,
         grpc_port=grpc_port,
@@ -65,76 +91,198 @@ def serve(
 
 
 @app.command()
+def rest(
+    url: Url = "localhost:8001",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8080,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the port.")] = 1,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Time limit of a request to the server, in seconds.")
+    ] = 10.0,
+    tls_cert: Annotated[
+        Path | None, typer.Option(callback=file_to_read, help="PEM: this front's certificate; turns HTTPS on.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(callback=file_to_read, help="PEM: this front's private key.")] = None,
+) -> None:
+    """Serve HTTP and JSON in front of a running server or its gateway, until stopped. /docs describes it.
+
+    It reaches the server as the other commands do: TLS by AISLE_TLS_CA. Callers of a gateway send their own tokens;
+    AISLE_TOKEN is for the health checks alone.
+    """
+    from aisle.client import TLS
+    from aisle.deploy.rest.front import Upstream
+    from aisle.deploy.rest.server import RestOptions, serve_rest
+    from aisle.deploy.server.access import ServerTLS
+
+    if (tls_cert is None) != (tls_key is None):
+        raise InputError("TLS needs both --tls-cert and --tls-key")
+    if tls_cert and tls_key:
+        ServerTLS(tls_cert, tls_key).arguments()  # refuses bad files
+    _check_addresses(("--host", host))
+    upstream = Upstream(url, timeout, TLS.from_environment(), os.environ.get("AISLE_TOKEN", ""))
+    serve_rest(RestOptions(upstream, host, port, workers, tls_cert, tls_key))
+
+
+def _check_addresses(*options: tuple[str, str]) -> None:
+    """Refuse an empty address, because it would listen on all addresses."""
+    for option, address in options:
+        if not address.strip():
+            raise InputError(f"{option} is empty; give an address, such as 127.0.0.1, or 0.0.0.0 for all")
+
+
+def _check_memory(cache_mb: int) -> None:
+    """Refuse an answer cache that is larger than this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if cache_mb > memory:
+        raise InputError(f"--cache-mb {cache_mb}: this machine has {memory} MiB of memory; give less")
+
+
+@app.command()
+@reads_tables
+@writes_tables
 def classify(
-    what: Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts, or one file with -o.")],
+    ctx: typer.Context,
+    what: Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file to write: .jsonl, .csv, .parquet.")
+        Path | None,
+        typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .jsonl, .csv, .parquet."),
     ] = None,
     url: Url = "localhost:8001",
     top_k: TopK = 1,
+    decisions: Annotated[
+        bool | None,
+        typer.Option(
+            "--decisions/--no-decisions",
+            help="Add the decision: accept, review or unknown.",
+            show_default="on if the model has decisions",
+        ),
+    ] = None,
     text_column: TextColumn = "text",
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 10.0,
-    log: Annotated[Path | None, typer.Option(help="Append what was answered, for `aisle drift`; no texts.")] = None,
-    keep_text: Annotated[bool, typer.Option("--keep-text", help="Log the texts too, for `aisle review`.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")] = 10.0,
+    log: Annotated[
+        Path | None,
+        typer.Option(callback=file_to_write, help="Append the answers to a log for `aisle drift`, without texts."),
+    ] = None,
+    keep_text: Annotated[bool, typer.Option(help="Log the texts too, for `aisle review`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Classify texts, or every row of a file; a stopped file goes on where it was."""
+    """Classify texts, or every row of a file. A file that was stopped resumes."""
     from aisle.client import Classifier, TrafficLog
     from aisle.client.bulk import classify_file
 
-    if keep_text and log is None:
-        raise InputError("--keep-text is about a log; say with --log where it is")
+    _check_classify(ctx, what, out, log, keep_text, as_json)
     with (
         TrafficLog(log, keep_text) if log else nullcontext() as traffic,
         Classifier.from_environment(url, timeout=timeout, log=traffic) as classifier,
     ):
         if out is not None:
-            if len(what) != 1:
-                raise InputError("-o takes one file at a time")
-            result = classify_file(
-                classifier,
-                Path(what[0]),
-                out,
-                text_column,
-                top_k,
-                lambda rows, n: track(rows, "classifying", n),
-            )
-            report(result, as_json, lambda r: say(f"{r['rows']} rows, {r['errors']} errors: {out}"))
+            with resumable():
+                result = classify_file(
+                    classifier,
+                    Path(what[0]),
+                    out,
+                    text_column,
+                    top_k,
+                    lambda rows, n: track(rows, "classifying", n),
+                    decisions=decisions,
+                )
+            report(result, as_json, lambda _: None, _after_file(result, out, text_column))
             return
-        if len(what) == 1 and Path(what[0]).is_file():
-            raise InputError(f"{what[0]} is a file; say with -o where its categories go")
-        answers = classifier.classify(what, top_k)
-    rows = [
-        {"text": text, "categories": answer.categories, "confidences": answer.confidences}
-        for text, answer in zip(what, answers, strict=True)
-    ]
+        if decisions is None:
+            decisions = classifier.has_decisions()
+        answers = classifier.classify(what, top_k, decisions=decisions)
+    rows = [_row(text, answer) for text, answer in zip(what, answers, strict=True)]
     report({"predictions": rows}, as_json, _show_predictions)
 
 
+def _row(text: str, answer: Prediction) -> dict[str, Any]:
+    row = {"text": text, "categories": answer.categories, "confidences": answer.confidences}
+    if answer.decision is None:
+        return row
+    return {**row, "decision": answer.decision, "decided": answer.decided, "prediction_set": answer.prediction_set}
+
+
+def _check_classify(
+    ctx: typer.Context, what: list[str], out: Path | None, log: Path | None, keep_text: bool, as_json: bool
+) -> None:
+    """Check the arguments of `classify`.
+
+    Raises:
+        InputError: some do not fit together.
+    """
+    if keep_text and log is None:
+        raise InputError("--keep-text needs --log FILE")
+    if out is None:
+        refuse(ctx, *FILE_ONLY, because="needs a file: FILE -o OUTPUT")
+        if len(what) == 1 and is_file(what[0]):
+            raise InputError(f"{what[0]} is a file; give the output with -o")
+    elif len(what) != 1:
+        raise InputError("-o takes one file at a time")
+    else:
+        refuse_two_on_stdout(out, as_json)
+        if log and log.resolve() in (out.resolve(), Path(what[0]).resolve()):
+            raise InputError(f"{log} is both the log and a table; choose another log")
+
+
+def _after_file(result: dict[str, Any], out: Path, text_column: str) -> tuple[object, ...]:
+    """Return the next step after a file."""
+    done = f"{result['rows']} rows, {result['errors']} errors, {result['warnings']} warnings in {out}"
+    text_column = result["renamed"].get(text_column, text_column)
+    columns = other_columns(text_column)
+    return (done,) if str(out) == "-" else (done, "aisle", "review", out, *columns, "-o", "to_label.csv")
+
+
 @app.command()
+@reads_tables
 def demo(
-    texts: Annotated[Path | None, typer.Argument(help="A file of texts to classify.", show_default="a dozen")] = None,
+    data: Annotated[
+        Path | None,
+        data_argument("A file of texts to classify.", "twelve titles"),
+    ] = None,
     repository: Repository = Path("model_repository"),
+    rows: Annotated[
+        int, typer.Option(min=500, help="Titles of the catalogue to train on; fewer take less time and classify worse.")
+    ] = 16000,
     as_json: Json = False,
 ) -> None:
-    """Go the whole way on the synthetic sample: train, build, serve, classify; nothing is left running."""
-    from aisle.demo import TEXTS
-    from aisle.demo import demo as run
+    """Run the whole pipeline on the synthetic sample: train, build, serve, classify. Nothing is left running."""
+    from aisle.pipelines.demo import TEXTS
+    from aisle.pipelines.demo import demo as run
 
-    report(run(Path("work"), repository, texts or TEXTS), as_json, _show_demo)
+    with resumable():
+        result = run(Path("work"), repository, data or TEXTS, rows)
+    others = () if repository == Path("model_repository") else ("--repository", repository)
+    report(result, as_json, _show_demo, (f"version {result['version']} in {repository}", "aisle", "serve", *others))
+
+
+FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom")
+
+
+def is_file(text: str) -> bool:
+    """Return whether a text is the name of a file. A text that cannot be a name is not."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _show_predictions(result: dict[str, Any]) -> None:
-    table = Table("text", "category", "confidence")
+    decided = "decision" in result["predictions"][0]
+    table = new_table("text", "category", "confidence", *(("decision", "decided") if decided else ()))
     for row in result["predictions"]:
+        decision = [cell(row["decision"]), cell(row["decided"] or None)] if decided else []
         for rank, (category, confidence) in enumerate(zip(row["categories"], row["confidences"], strict=True)):
-            table.add_row(Text("" if rank else row["text"]), Text(category), f"{confidence:.4f}")
+            first = [cell(row["text"]), *decision] if not rank else [cell("")] * (1 + len(decision))
+            table.add_row(first[0], cell(category), f"{confidence:.4f}", *first[1:])
     stdout.print(table)
 
 
 def _show_demo(result: dict[str, Any]) -> None:
-    table = Table("text", "category", "confidence", "latency", title="a model trained on a SYNTHETIC catalogue")
+    table = new_table("text", "category", "confidence", "latency", title="a model trained on a SYNTHETIC catalogue")
     for row in result["predictions"]:
+        if "error" in row:
+            table.add_row(cell(row["text"]), cell(f"refused: {row['error']}"))
+            continue
         figures = f"{row['confidence']:.4f}", f"{row['milliseconds']:.1f} ms"
-        table.add_row(Text(row["text"]), Text(row["category"]), *figures)
+        table.add_row(cell(row["text"]), cell(row["category"]), *figures)
     stdout.print(table)

@@ -1,17 +1,19 @@
--- Looks into each ModelInfer request: only product_classifier may be asked, and its outputs only as they are.
--- The models inside the ensemble are not for callers. Parameters of an output ask for Triton's classification and
--- shared-memory extensions; the first, asked of a string tensor as `category`, makes Triton divide by zero and end.
--- Where a string tensor's lengths run past its end, Triton's Python backend fails the whole batch, neighbours and all.
--- Of protobuf's encoding this reads no more than it must, and it refuses what it cannot read.
+-- Checks each ModelInfer request. Callers may use only the ensembles, and only without tensor parameters:
+-- * The models inside the ensembles are not for callers.
+-- * Output parameters turn on Triton's classification and shared-memory extensions. The first, on a string tensor such
+--   as `category`, makes Triton divide by zero and crash.
+-- * If the length of a string is past the end of its tensor, Triton's Python backend fails the whole batch, with the
+--   requests of other callers.
+-- This code parses only the necessary part of protobuf's encoding, and refuses what it cannot parse.
 
 local INFER = "/inference.GRPCInferenceService/ModelInfer"
-local MODEL = "product_classifier"
+local MODELS = { product_classifier = true, product_decisions = true }
 -- Field numbers of ModelInferRequest, of its inputs and of its outputs.
 local MODEL_NAME, INPUTS, OUTPUTS, RAW = 1, 5, 6, 7
 local DATATYPE, INPUT_PARAMETERS, OUTPUT_PARAMETERS = 2, 4, 2
-local HEADER = 5 -- bytes of a gRPC message's own: whether it is compressed, and its length
+local HEADER = 5 -- bytes before a gRPC message: a compression flag and the length
 
--- Return the variable-length number at position i, and the position after it; nothing where there is none.
+-- Return the varint at position i, and the position after it; nil if there is none.
 local function varint(bytes, i)
   local value, scale = 0, 1
   for _ = 1, 10 do
@@ -22,7 +24,7 @@ local function varint(bytes, i)
   end
 end
 
--- Call visit(field, first, last) for each field of bytes and nested messages; fail where they are malformed.
+-- Call visit(field, first, last) for each length-delimited field; raise an error if the bytes are malformed.
 local function each(bytes, i, last, visit)
   while i <= last do
     local key, first = varint(bytes, i)
@@ -46,8 +48,8 @@ local function each(bytes, i, last, visit)
   end
 end
 
--- Tell whether bytes hold whole strings from first to last, each after its length in four bytes.
-local function whole(bytes, first, last)
+-- Return whether the bytes from first to last are complete strings, each after its four-byte length.
+local function complete(bytes, first, last)
   while first + 3 <= last do
     local a, b, c, d = bytes:byte(first, first + 3)
     first = first + 4 + a + b * 2 ^ 8 + c * 2 ^ 16 + d * 2 ^ 24
@@ -77,9 +79,9 @@ local function check(bytes)
     end
   end)
   for i, raw in ipairs(raws) do
-    if types[i] == "BYTES" and not whole(bytes, raw[1], raw[2]) then return false end
+    if types[i] == "BYTES" and not complete(bytes, raw[1], raw[2]) then return false end
   end
-  return model == MODEL and plain
+  return MODELS[model] and plain
 end
 
 function envoy_on_request(handle)
@@ -91,7 +93,7 @@ function envoy_on_request(handle)
       [":status"] = "200",
       ["content-type"] = "application/grpc",
       ["grpc-status"] = "3", -- INVALID_ARGUMENT
-      ["grpc-message"] = "ask " .. MODEL .. ", uncompressed, in whole strings, and without parameters of tensors",
+      ["grpc-message"] = "call product_classifier or product_decisions, uncompressed, with complete strings and without tensor parameters",
     }, "")
   end
 end

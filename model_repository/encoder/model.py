@@ -1,9 +1,15 @@
-"""Triton's `encoder`: `input_ids` [n, longest] and `lengths` [n, 1] of many requests to `logits` [n, labels]."""
+"""Triton's `encoder`: maps `input_ids` [n, longest], `lengths` [n, 1], `top_k` to `category`, `confidence` [n, k].
+
+And to decisions, for requests that name their outputs.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,18 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from aisle.build.engine import load_engine
-from aisle.build.tensorrt import MAX_TEXTS
-from aisle.deploy.batcher import Batcher, Waiting
-from aisle.deploy.late import Callers
-from aisle.deploy.observe import Metrics
+from aisle.build.repository import gate_state, read_report
+from aisle.deploy.serving.answers import Labels, pairs_of
+from aisle.deploy.serving.batcher import Answer, Batcher, QueuedRequest, is_bulk
+from aisle.deploy.serving.cache import DECISION, AnswerCache, keys_of, read_rows, rows_of
+from aisle.deploy.serving.deadlines import CallerClocks
+from aisle.deploy.serving.decider import MISSING, OUTPUTS, Decider, Tensors, count_outcomes
+from aisle.deploy.serving.lost_gpu import end_if_lost
+from aisle.deploy.serving.metrics import Metrics
+from aisle.deploy.serving.senders import Senders
+from aisle.errors import InputError
+from aisle.train.core.decisions import Decisions
 
-# Tokens of a batch on a CPU: more make the engine next to no faster, and let a call wait longer for the batch before.
-TOKENS = 2048
-# Of a batch of files: 3 or 4 % slower, and a call that comes in between waits half as long.
-TOKENS_OF_FILES = 1024
-PATIENCE = 10.0  # seconds
 COUNTERS = (
     "tokens_useful",
     "tokens_computed",
@@ -31,101 +39,316 @@ COUNTERS = (
     "queue_requests",
     "requests_refused",
     "texts_late",
+    "cache_lookups",
+    "cache_hits",
+    "cache_evictions",
+    "confidence_sum",
+    "confidence_count",
 )
+NOT_FINITE = "the engine gives no finite logits for a text; roll back to the previous version, and train or build again"
+BAD_TOKENS = "input_ids and lengths must come from the tokenizer; send texts to product_classifier"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request and its decoded inputs."""
+
+    request: Any
+    top_k: int
+    unknown: Any  # [texts, 1] or None
+    with_logits: bool
+    with_decisions: bool
+    keys: list[bytes]  # cache keys of its texts; empty if the cache is off and no decisions are wanted
+    known: dict[bytes, bytes]  # the keys that are in the cache, with their entries
+    missing: list[bytes]  # the other keys, without repetition: the engine computes these texts
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The answer to a request."""
+
+    request: Any
+    category: Any  # [texts, k] of bytes
+    confidence: Any  # [texts, k]
+    unknown: Any  # [texts, 1], from the tokenizer; None if the request has none
+    logits: Any  # [texts, labels]; None unless requested
+    decisions: Tensors  # empty unless requested
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
         self.engine = load_engine(folder, args["model_instance_device_id"])
-        self.metrics = Metrics(args["model_version"], *(f"aisle_{name}_total" for name in COUNTERS))
-        self.callers = Callers()
         spec = self.engine.spec
-        self.metrics.show("aisle_model_info", target=spec.target, precision=spec.precision, checkpoint=spec.checkpoint)
-        longest = json.loads(args["model_config"])["parameters"]["max_queue_size"]["string_value"]
-        all_texts = MAX_TEXTS * spec.max_tokens
-        on_cpu = spec.target == "openvino"
+        self.labels = Labels.load(folder, spec.labels)
+        decisions = Decisions.load(folder, self.labels.names)
+        self.decider = Decider(decisions, self.labels) if decisions else None
+        self.cache = AnswerCache.of_environment()
+        counters = map(_counter, COUNTERS)
+        self.metrics = Metrics(args["model_version"], args["model_instance_name"], *counters)
+        self.callers = CallerClocks()
+        gate = gate_state(read_report(Path(args["model_repository"]).parent, int(args["model_version"])))
+        info = {"target": spec.target, "precision": spec.precision, "checkpoint": spec.checkpoint, "gate": gate}
+        self.metrics.set_until_closed("aisle_model_info", **info)
+        self.no_logits = np.empty((0, spec.labels), np.float32)
+        config = json.loads(args["model_config"])
+        self.outputs = {each["name"] for each in config["output"]}
+        max_queue_size = int(config["parameters"]["max_queue_size"]["string_value"])
+        max_tokens = self.engine.max_batch_tokens
+        self.senders = Senders(self.send, max_queue_size)
         self.batcher = Batcher(
             self.compute,
             self.answer,
-            self.gone,
-            tokens=TOKENS if on_cpu else all_texts,
-            tokens_of_files=TOKENS_OF_FILES if on_cpu else all_texts,
-            texts=MAX_TEXTS,
-            longest_queue=int(longest),
+            self.abandoned,
+            tokens=max_tokens,
+            # On a CPU this costs 3 to 4 % of throughput and halves the wait of interactive requests.
+            bulk_tokens=max_tokens // 2 if spec.target == "openvino" else max_tokens,
+            texts=self.engine.max_texts,
+            concurrency=self.engine.concurrency,
+            max_queue_size=max_queue_size,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Queue the requests; the batcher's thread answers them, so that the next can come in the meantime.
+        """Run small requests inline and answer them together; queue the others for the batcher's threads.
 
-        A lone small one that finds the engine idle is answered here.
+        Small requests need no other thread. For the others, Triton passes on the next requests meanwhile.
         """
         responses: list[Any] = [None] * len(requests)
+        group: list[tuple[int, QueuedRequest]] = []
         for number, request in enumerate(requests):
-            tokens, lengths = unpadded(request)
-            if not self.fit(tokens, lengths):
-                # A caller that goes past the tokenizer may send anything.
-                refuse(request, "INVALID_ARG", UNFIT)
-                continue
-            waiting = Waiting(request, tokens, lengths, '"patient"' in request.parameters())
-            if len(requests) == 1 and (logits := self.batcher.at_once(waiting)) is not None:
-                responses[number] = self.answered(waiting, logits)
-            elif not self.batcher.put(waiting):
+            try:
+                group.append((number, self.read(request)))
+            except InputError as error:
+                responses[number] = refusal("INVALID_ARG", str(error))
+        cached = [each for each in group if not len(each[1].lengths)]
+        self.respond(responses, cached, [self.no_logits] * len(cached))
+        group = [each for each in group if len(each[1].lengths)]
+        try:
+            logits = self.batcher.try_run_inline([each for _, each in group])
+        except Exception as error:  # any exception of a runtime
+            for number, _ in group:
+                responses[number] = refusal("INTERNAL", f"the engine failed: {error}")
+            return responses
+        if logits is not None:
+            ends = np.cumsum([len(each.lengths) for _, each in group])
+            self.respond(responses, group, np.split(logits, ends[:-1]))
+            return responses
+        for number, each in group:
+            if not self.batcher.put(each):
                 self.metrics.add("aisle_requests_refused_total")
-                refuse(request, "UNAVAILABLE", "Exceeds maximum queue size")
+                responses[number] = refusal("UNAVAILABLE", "Exceeds maximum queue size")
         return responses
 
-    def fit(self, tokens: Any, lengths: Any) -> bool:
-        """Tell whether these are token ids, as many as the lengths say, of texts that the engine can pack."""
+    def respond(self, responses: list[Any], group: Sequence[tuple[int, QueuedRequest]], logits: Sequence[Any]) -> None:
+        """Set the responses of requests, given as (number, request), from their logits."""
+        if group:
+            answers = self.ranked([each for _, each in group], logits)
+            for (number, _), answer in zip(group, answers, strict=True):
+                responses[number] = response(answer)
+
+    def read(self, request: Any) -> QueuedRequest:
+        """Read a request.
+
+        Raises:
+            InputError: the engine cannot pack the token ids (a caller may have bypassed the tokenizer), or `top_k` is
+                out of range.
+        """
+        tokens, lengths = unpadded(request)
         spec = self.engine.spec
-        return bool(
+        if not (
             lengths.min() >= 1
             and lengths.max() <= spec.max_tokens
             and lengths.sum() == len(tokens)
             and tokens.min() >= 0
             and (not spec.vocabulary or tokens.max() < spec.vocabulary)
-        )
+        ):
+            raise InputError(BAD_TOKENS)
+        top_ks, with_logits = optional(request, "top_k"), optional(request, "return_logits")
+        parameters = request.parameters()
+        wanted = with_logits is not None and bool(with_logits.any())
+        top_k, unknown = self.labels.top_k(top_ks), optional(request, "unknown_tokens")
+        decided = self.asks_for_decisions(request)
+        found = self.look_up(tokens, lengths, top_k, wanted, decided)
+        call = Call(request, top_k, unknown, wanted, decided, *found)
+        if len(call.missing) < len(call.keys):
+            tokens = np.frombuffer(b"".join(call.missing), tokens.dtype)
+            lengths = np.array([len(key) // tokens.itemsize for key in call.missing], lengths.dtype)
+        timeout = self.callers.timeout(parameters, request.timeout())
+        return QueuedRequest(call, tokens, lengths, is_bulk(parameters), timeout)
 
-    def gone(self, waiting: Waiting) -> bool:
-        """Tell whether the caller has left; one that does not say how long it waits does so for `PATIENCE`."""
-        parameters = waiting.request.parameters()
-        return self.callers.gone(parameters) if '"wait_us"' in parameters else waiting.age > PATIENCE
+    def asks_for_decisions(self, request: Any) -> bool:
+        """Return whether a request names an output of the decisions.
+
+        One that names no output at all, which Triton shows as all outputs, gets no decisions, as it gets no logits.
+
+        Raises:
+            InputError: it does, and this version has no decisions.
+        """
+        named = set(request.requested_output_names())
+        asks = not named.isdisjoint(OUTPUTS) and named != self.outputs
+        if asks and not self.decider:
+            raise InputError(MISSING)
+        return asks
+
+    def look_up(
+        self, tokens: Any, lengths: Any, top_k: int, with_logits: bool, decided: bool
+    ) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
+        """Return the keys of a request's texts, their entries in the cache, and the keys that are not in it."""
+        if not self.cache and not decided:
+            return [], {}, []
+        keys = keys_of(tokens, lengths)
+        known = {} if with_logits else self.cache.find(keys, top_k, decided=decided)  # an entry holds no logits
+        missing = list(dict.fromkeys(key for key in keys if key not in known))
+        if not self.cache:
+            return keys, known, missing
+        self.metrics.add("aisle_cache_lookups_total", len(keys))
+        if len(missing) < len(keys):
+            self.metrics.add("aisle_cache_hits_total", len(keys) - len(missing))
+        return keys, known, missing
+
+    def abandoned(self, request: QueuedRequest) -> bool:
+        """Return whether the caller no longer waits."""
+        return request.age > request.timeout
 
     def compute(self, tokens: Any, lengths: Any) -> Any:
         work: defaultdict[str, float] = defaultdict(float)
         try:
             logits = self.engine(tokens, lengths, work)
-        except Exception:
+        except Exception as error:
             self.metrics.add("aisle_engine_failures_total")
+            end_if_lost(error)
             raise
         for name, value in work.items():
             self.metrics.add(f"aisle_{name}_total", value)
         return logits
 
-    def answer(self, waiting: Waiting, found: Any) -> None:
-        if isinstance(found, TimeoutError):
-            self.metrics.add("aisle_texts_late_total", len(waiting.lengths))
-            refuse(waiting.request, "CANCELLED", "the caller had left before its turn came")
-        elif isinstance(found, Exception):
-            refuse(waiting.request, "INTERNAL", f"the engine failed: {found}")
-        else:
-            send(waiting.request, self.answered(waiting, found))
+    def answer(self, answers: Sequence[Answer]) -> None:
+        """Rank the answers of a batch together, and send them from other threads."""
+        good: list[tuple[QueuedRequest, Any]] = []
+        failed: list[tuple[Any, Any]] = []
+        for waiting, found in answers:
+            if isinstance(found, TimeoutError):
+                self.metrics.add("aisle_texts_late_total", len(waiting.lengths))
+                failure = refusal("CANCELLED", "the caller stopped waiting before the request was computed")
+                failed.append((waiting.request.request, failure))
+            elif isinstance(found, Exception):
+                failed.append((waiting.request.request, refusal("INTERNAL", f"the engine failed: {found}")))
+            else:
+                good.append((waiting, found))
+        self.senders.put(failed)
+        if good:
+            waitings, logits = zip(*good, strict=True)
+            self.senders.put(self.ranked(waitings, logits))
 
-    def answered(self, waiting: Waiting, logits: Any) -> Any:
-        self.metrics.add("aisle_queue_seconds_total", waiting.waited)
-        self.metrics.add("aisle_queue_requests_total")
-        return pb_utils.InferenceResponse([pb_utils.Tensor("logits", logits)])
+    def ranked(self, waiting: Sequence[QueuedRequest], logits: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
+        """Rank the categories of all texts together, and count them."""
+        together = np.concatenate(logits)
+        if not np.isfinite(together).all():
+            return self.rank_finite(waiting, logits)
+        calls: list[Call] = [each.request for each in waiting]
+        pairs = pairs_of(together, max(call.top_k for call in calls))
+        parts = np.split(pairs, np.cumsum([len(own) for own in logits])[:-1])
+        fresh = self.entries(calls, logits, parts)
+        if self.cache:
+            self.metrics.add("aisle_cache_evictions_total", self.keep(calls, fresh))
+        answers = [merged(call, part, rows) for call, part, rows in zip(calls, parts, fresh, strict=True)]
+        self.count(waiting, np.concatenate([answer[:, 0] for answer in answers]))
+        return [
+            Ranked(
+                call.request,
+                self.labels.encoded(answer["index"]),
+                answer["confidence"],
+                call.unknown,
+                logits_of(call, own) if call.with_logits else None,
+                self.decisions(call, rows),
+            )
+            for call, answer, own, rows in zip(calls, answers, logits, fresh, strict=True)
+        ]
+
+    def entries(self, calls: Sequence[Call], logits: Sequence[Any], pairs: Sequence[Any]) -> list[dict[bytes, bytes]]:
+        """Return for each request the cache entries of the texts that were computed for it."""
+        asking = [number for number, call in enumerate(calls) if call.with_decisions]
+        decided: Iterator[bytes] = iter(())
+        if asking and self.decider:
+            k = max(calls[number].top_k for number in asking)
+            decided = iter(self.decider.entries(np.concatenate([logits[number] for number in asking]), k))
+        return [
+            dict(zip(call.missing, islice(decided, len(call.missing)), strict=True))
+            if call.with_decisions
+            else rows_of(call.missing, own)
+            for call, own in zip(calls, pairs, strict=True)
+        ]
+
+    def keep(self, calls: Sequence[Call], entries: Sequence[dict[bytes, bytes]]) -> int:
+        """Store the entries of requests in the cache; return how many older ones were dropped to make room."""
+        dropped = 0
+        for decided in {call.with_decisions for call in calls}:
+            own = [rows for call, rows in zip(calls, entries, strict=True) if call.with_decisions == decided]
+            dropped += self.cache.put({key: row for rows in own for key, row in rows.items()}, decided=decided)
+        return dropped
+
+    def decisions(self, call: Call, fresh: dict[bytes, bytes]) -> Tensors:
+        """Return the decisions that a request asks for, and count them."""
+        if not call.with_decisions or not self.decider:
+            return {}
+        rows = {**call.known, **fresh}
+        entries = [rows[key] for key in call.keys]
+        for decision, count in count_outcomes(entries).items():
+            self.metrics.add("aisle_decisions_total", count, decision=decision)
+        return self.decider.tensors(entries)
+
+    def count(self, waiting: Sequence[QueuedRequest], best: Any) -> None:
+        """Count the requests and the best category of each text, [texts] of `PAIR`."""
+        self.metrics.add_confidences(best["confidence"])
+        for name, count in self.labels.counts(best["index"]).items():
+            self.metrics.add("aisle_categories_total", count, category=name)
+        computed = [each for each in waiting if len(each.lengths)]
+        self.metrics.add("aisle_queue_seconds_total", sum(each.queue_time for each in computed))
+        self.metrics.add("aisle_queue_requests_total", len(computed))
+
+    def rank_finite(self, waiting: Sequence[QueuedRequest], logits: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
+        """Refuse the requests whose logits are NaN or infinite, and rank the others."""
+        self.metrics.add("aisle_engine_failures_total")
+        finite = [bool(np.isfinite(own).all()) for own in logits]
+        good = [pair for pair, ok in zip(zip(waiting, logits, strict=True), finite, strict=True) if ok]
+        answers = iter(self.ranked(*zip(*good, strict=True)) if good else [])
+        return [
+            next(answers) if ok else (each.request.request, refusal("INTERNAL", NOT_FINITE))
+            for each, ok in zip(waiting, finite, strict=True)
+        ]
+
+    def send(self, answer: Ranked | tuple[Any, Any]) -> None:
+        request = answer.request if isinstance(answer, Ranked) else answer[0]
+        request.get_response_sender().send(response(answer), pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def finalize(self) -> None:
         self.batcher.close()
+        self.senders.close()
         self.metrics.close()
 
 
-UNFIT = "input_ids and lengths must be what the tokenizer makes; send texts to product_classifier"
+def merged(call: Call, computed: Any, fresh: dict[bytes, bytes]) -> Any:
+    """Return a request's answer, [texts, top_k] of `PAIR`, from the computed texts and the cache."""
+    if len(call.missing) == len(call.keys):
+        return computed[:, : call.top_k]
+    start = DECISION.itemsize if call.with_decisions else 0
+    return read_rows(call.keys, {**call.known, **fresh}, call.top_k, start)
+
+
+def logits_of(call: Call, computed: Any) -> Any:
+    """Return logits for each text of a request, from the logits of its distinct texts."""
+    if len(call.missing) == len(call.keys):
+        return computed
+    rows = {key: row for row, key in enumerate(call.missing)}
+    return computed[[rows[key] for key in call.keys]]
+
+
+def _counter(name: str) -> str:
+    return f"aisle_{name}" if name.startswith("confidence_") else f"aisle_{name}_total"
 
 
 def unpadded(request: Any) -> tuple[Any, Any]:
-    """Return the token ids of a request's texts end to end, [sum of lengths], and the lengths, [texts]."""
+    """Return the concatenated token ids of a request's texts, [sum of lengths], and the lengths, [texts]."""
     input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
     lengths = pb_utils.get_input_tensor_by_name(request, "lengths").as_numpy()
     if len(input_ids) == 1:
@@ -133,10 +356,28 @@ def unpadded(request: Any) -> tuple[Any, Any]:
     return input_ids[np.arange(input_ids.shape[1]) < lengths], lengths[:, 0]
 
 
-def refuse(request: Any, status: str, message: str) -> None:
-    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, status))
-    send(request, pb_utils.InferenceResponse(error=error))
+def optional(request: Any, name: str) -> Any:
+    """Return an optional input [texts, 1] of a request, or None."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
 
 
-def send(request: Any, response: Any) -> None:
-    request.get_response_sender().send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+def response(answer: Ranked | tuple[Any, Any]) -> Any:
+    """Return the response for Triton: the tensors of an answer, or an error."""
+    if not isinstance(answer, Ranked):
+        return answer[1]
+    tensors = [
+        pb_utils.Tensor("category", answer.category),
+        pb_utils.Tensor("confidence", np.ascontiguousarray(answer.confidence)),
+    ]
+    if answer.unknown is not None:
+        tensors.append(pb_utils.Tensor("unknown", answer.unknown))
+    if answer.logits is not None:
+        tensors.append(pb_utils.Tensor("logits", np.ascontiguousarray(answer.logits)))
+    for name, values in answer.decisions.items():
+        tensors.append(pb_utils.Tensor(name, np.ascontiguousarray(values)))
+    return pb_utils.InferenceResponse(tensors)
+
+
+def refusal(status: str, message: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, status)))

@@ -1,4 +1,4 @@
-"""Triton's `tokenizer`: text [n, 1] to `input_ids` [n, longest of the request] and `lengths` [n, 1]."""
+"""Triton's `tokenizer`: maps `text` [n, 1] to `input_ids` [n, longest], `lengths` [n, 1] and `unknown` [n, 1]."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from aisle.deploy.observe import Metrics
-from aisle.preprocess.clean import TextError, prepare
-from aisle.preprocess.encode import Encoder
+from aisle.deploy.serving.metrics import Metrics
+from aisle.preprocess.clean import prepare
+from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.values import TextError
+from aisle.preprocess.vocabulary import MANY_UNKNOWN
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.encode = Encoder(Path(args["model_repository"], args["model_version"], "tokenizer.json"))
-        self.metrics = Metrics(args["model_version"], "aisle_texts_total", "aisle_texts_truncated_total")
+        self.tokenize = TextTokenizer(Path(args["model_repository"], args["model_version"], "tokenizer.json"))
+        counters = ("aisle_texts_total", "aisle_texts_truncated_total", "aisle_texts_unknown_total")
+        self.metrics = Metrics(args["model_version"], args["model_instance_name"], *counters)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Encode the texts of all requests in one call; a bad text fails its own request alone."""
+        """Tokenize the texts of all requests in one call. A bad text fails only its own request."""
         texts: list[str] = []
-        spans: list[slice | str] = []  # of `texts`, or what is wrong with the request
+        spans: list[slice | str] = []  # the request's part of `texts`, or its error message
         found: Counter[str] = Counter()
         for request in requests:
             rows = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()[:, 0]
@@ -36,11 +39,8 @@ class TritonPythonModel:
                 texts += prepared
 
         if texts:
-            input_ids, lengths, truncated = self.encode(texts)
-            self.metrics.add("aisle_texts_total", len(texts))
-            self.metrics.add("aisle_texts_truncated_total", truncated)
-            for kind, count in found.items():
-                self.metrics.add("aisle_personal_data_total", count, kind=kind)
+            input_ids, lengths, truncated, unknown = self.tokenize(texts)
+            self.count(len(texts), truncated, unknown, found)
         responses = []
         for span in spans:
             if isinstance(span, str):
@@ -48,19 +48,27 @@ class TritonPythonModel:
                 responses.append(pb_utils.InferenceResponse(error=refusal))
                 continue
             own = np.ascontiguousarray(input_ids[span, : lengths[span].max()])
-            tensors = [pb_utils.Tensor("input_ids", own), pb_utils.Tensor("lengths", lengths[span])]
-            responses.append(pb_utils.InferenceResponse(tensors))
+            tensors = {"input_ids": own, "lengths": lengths[span], "unknown": unknown[span]}
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor(*each) for each in tensors.items()]))
         return responses
+
+    def count(self, texts: int, truncated: int, unknown: Any, found: Counter[str]) -> None:
+        """Count texts, given the share of unknown tokens of each, [texts, 1], and replaced personal data by kind."""
+        self.metrics.add("aisle_texts_total", texts)
+        self.metrics.add("aisle_texts_truncated_total", truncated)
+        self.metrics.add("aisle_texts_unknown_total", int((unknown >= MANY_UNKNOWN).sum()))
+        for kind, count in found.items():
+            self.metrics.add("aisle_personal_data_total", count, kind=kind)
 
     def finalize(self) -> None:
         self.metrics.close()
 
 
 def prepare_rows(rows: Any, found: Counter[str]) -> list[str]:
-    """Prepare the texts of one request, counting in `found` the personal data that gave way, by kind.
+    """Prepare the texts of one request; count the replaced personal data in `found`, by kind.
 
     Raises:
-        TextError: naming the first bad row.
+        TextError: a row is bad; the message names the first one.
     """
     prepared = []
     for number, raw in enumerate(rows):

@@ -10,7 +10,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{/* Of every pod: what it runs as. */}}
+{{/* User and security settings of every pod. */}}
 {{- define "aisle.podSecurity" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -36,7 +36,7 @@ securityContext:
   capabilities: { drop: [ALL] }
 {{- end }}
 
-{{/* Of every container that has a GPU: (dict "pool" pool). */}}
+{{/* Resources of a pool's container, with its GPUs. Takes (dict "pool" pool). */}}
 {{- define "aisle.resources" -}}
 {{- $resources := deepCopy .pool.resources -}}
 {{- if .pool.gpus }}{{ $_ := set $resources.limits "nvidia.com/gpu" .pool.gpus }}{{ end -}}
@@ -44,6 +44,9 @@ securityContext:
 {{- end }}
 
 {{- define "aisle.placement" -}}
+{{- if and .gpus .runtimeClassName }}
+runtimeClassName: {{ .runtimeClassName }}
+{{- end }}
 {{- with .nodeSelector }}
 nodeSelector: {{ toJson . }}
 {{- end }}

@@ -1,0 +1,1 @@
+"""Pipelines over several stages: the demo, the stages of learning, and the frontier."""

@@ -1,0 +1,1 @@
+"""The REST front: HTTP and JSON over the asyncio client."""

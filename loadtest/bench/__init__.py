@@ -1,0 +1,1 @@
+"""Benchmarks: engines, services and host costs side by side."""

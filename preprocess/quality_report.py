@@ -1,0 +1,100 @@
+"""The page that `aisle clean` writes: dropped rows and the reasons, categories, labels, languages, lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from aisle.report import Page
+
+GROUPS = 20  # of each kind, the largest first
+CATEGORIES = 100  # in the table
+BARS = 30  # in the plot
+
+
+def quality_page(result: dict[str, Any]) -> Page:
+    page = Page(
+        f"Data quality of {Path(result['source']).name}",
+        f"{result['rows_kept']} of {result['rows_in']} rows are kept, in {result['output']}. Rows are counted from 1, "
+        "without the header; personal data is replaced.",
+    )
+    page.heading("Dropped rows")
+    rows = [(why, n, ", ".join(map(str, result["examples"][why]))) for why, n in result["dropped"].items()]
+    page.table(("reason", "rows", "first row numbers"), rows)
+    _categories(page, result)
+    _changed_labels(page, result)
+    _duplicates(page, result)
+    _languages_and_lengths(page, result)
+    page.heading("Personal data")
+    page.text("Replaced in the text column, by kind. Other columns are not changed.")
+    page.table(("kind", "replaced"), list(result["personal_data"].items()))
+    return page
+
+
+def _categories(page: Page, result: dict[str, Any]) -> None:
+    page.heading("Categories")
+    page.text(f"{len(result['categories'])} categories; the {CATEGORIES} largest are shown.")
+    shown = list(result["categories"].items())[:CATEGORIES]
+    page.table(("category", "rows before", "rows after"), [(name, n["before"], n["after"]) for name, n in shown])
+    after = {name: n["after"] for name, n in shown[:BARS]}
+    page.plot(_bars(after, "rows kept"), "Rows kept of each category")
+
+
+def _duplicates(page: Page, result: dict[str, Any]) -> None:
+    for kind, title, meaning in (
+        ("conflicts", "Conflicting labels", "Equal texts with different labels; all are dropped. Correct the labels."),
+        (
+            "near_conflicts",
+            "Near-duplicates with different labels",
+            "They are kept. Correct wrong labels, but leave texts that differ in the word that decides.",
+        ),
+        ("near_duplicates", "Near-duplicates with the same label", "The first is kept."),
+    ):
+        found = result[kind]
+        page.heading(title)
+        page.text(f"{meaning} {found['groups']} groups, {found['rows']} rows; the {GROUPS} largest are shown.")
+        members = [
+            (str(n), group["rows"], each["row"], each["category"], each["text"])
+            for n, group in enumerate(found["largest"], start=1)
+            for each in group["examples"]
+        ]
+        page.table(("group", "size", "row", "category", "text"), members)
+
+
+def _languages_and_lengths(page: Page, result: dict[str, Any]) -> None:
+    page.heading("Languages")
+    page.text("The script of at least nine tenths of a text's letters.")
+    page.table(("script", "rows"), list(result["languages"].items()))
+    page.plot(_bars(result["languages"], "rows kept"), "Rows kept by script")
+    page.heading("Lengths")
+    lengths = dict(result["lengths"])
+    histogram = lengths.pop("histogram")
+    page.table(("characters", *lengths), [("", *lengths.values())])
+    bars = {f"{bar['from']} to {bar['to']}": bar["rows"] for bar in histogram}
+    page.plot(_bars(bars, "rows kept"), "Rows kept by length in characters")
+
+
+def _changed_labels(page: Page, result: dict[str, Any]) -> None:
+    """Show variants of labels, and the labels that were folded, merged or left out."""
+    if result["label_variants"]:
+        page.heading("Variants of labels")
+        page.text("They differ only in case, spaces or width, and are kept apart; --fold-labels merges them.")
+        page.table(("labels",), [(" | ".join(group),) for group in result["label_variants"][:CATEGORIES]])
+    changed = [(old, new) for kind in ("folded", "merged") for old, new in result[kind].items()]
+    changed += [(old, f"left out, {rows} rows") for old, rows in result["left_out"].items()]
+    if changed:
+        page.heading("Changed labels")
+        page.table(("label", "new label"), changed[:CATEGORIES])
+
+
+def _bars(values: dict[str, int], unit: str) -> Figure:
+    figure = Figure(figsize=(8, 0.6 + 0.28 * len(values)))
+    axes = figure.subplots()
+    bars = axes.barh(list(values), list(values.values()))
+    axes.bar_label(bars, padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,1 @@
+"""Tables of texts in all supported file formats: one reader and one writer."""

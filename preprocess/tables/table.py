@@ -1,0 +1,218 @@
+"""The one reader of tables, row by row in constant memory.
+
+CSV, TSV, JSON Lines, a JSON array, one text a line (each also compressed), Parquet and spreadsheets.
+`aisle.preprocess.values` defines how a value becomes text; `writing` writes tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from aisle.errors import InputError
+from aisle.preprocess import values
+from aisle.preprocess.tables import columnar, sheets
+from aisle.preprocess.tables.delimited import LONGEST, Records, TooLong
+from aisle.preprocess.tables.jsonrows import Repeated, array_rows, line_rows
+from aisle.preprocess.tables.opening import STDIO, kind_of, local, open_lines, reading
+from aisle.preprocess.values import TextError
+
+Row = dict[str, Any]
+
+SURPLUS = "surplus cells"  # the key of a row's cells beyond the last column
+SHIFTED = "more cells than columns; quote texts that contain the delimiter"
+
+
+class FaultyRow(Row):
+    """A row that was read but cannot be used. `reason` is a short name of the fault; `fault` says what to change."""
+
+    def __init__(self, row: Row, reason: str, fault: str) -> None:
+        super().__init__(row)
+        self.reason = reason
+        self.fault = fault
+
+
+def read_rows(path: Path, only: list[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a table; a row that cannot be used is a `FaultyRow`.
+
+    Args:
+        only: the columns that are needed; others may be left out.
+
+    Raises:
+        InputError: there is no such file, its format is unknown, it is in another encoding, two of its columns have
+            the same name, it has another delimiter than its name says, or a line cannot be parsed (the message names
+            the line).
+    """
+    kind = kind_of(path)
+    where = local(path)
+    if kind == "parquet":
+        yield from columnar.rows_of(path, where, only)
+    elif kind in ("xlsx", "xls"):
+        yield from _flat(path, sheets.sheet_rows(path, where), None)
+    else:
+        with open_lines(path) as file:
+            yield from {"jsonl": _read_jsonl, "json": _read_json, "txt": _read_txt}.get(kind, _read_csv)(path, file)
+
+
+def _read_txt(path: Path, file: IO[str]) -> Iterator[Row]:
+    """Yield a row for each line, including blank lines, so that line n of the file is row n."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), ""), start=1):
+        if len(line) > LONGEST:
+            raise InputError(f"{path}, line {number}: a line has more than {LONGEST} characters")
+        yield {"text": line.rstrip("\r\n")}
+
+
+def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
+    yield from map(_object, line_rows(path, file))
+
+
+def _read_json(path: Path, file: IO[str]) -> Iterator[Row]:
+    yield from map(_object, array_rows(path, file))
+
+
+def _object(row: Row | Repeated) -> Row:
+    if not isinstance(row, Repeated):
+        return row
+    return FaultyRow(row.row, "repeated key", f"the key {row.key!r} occurs twice; keep one of them")
+
+
+def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
+    given = reading().delimiter
+    records = Records(file, given or ("\t" if kind_of(path) == "tsv" else ","))
+    first = file.readline(LONGEST + 1)
+    named = re.fullmatch(r'"?sep=(.)"?[\r\n]*', first)  # a first line that names the delimiter for Excel
+    try:
+        if named and not given:
+            records.split_at(named[1])
+        elif first and not named:
+            records.put_back(first)
+        yield from _flat(path, records, records)
+    except TooLong as error:
+        raise InputError(f"{path}, row at line {records.line + 1}: {error}; is a quote left open?") from None
+
+
+def _flat(path: Path, cells: Iterable[list[Any]], records: Records | None) -> Iterator[Row]:
+    """Yield rows from lists of cells. `records` is the CSV reader that they come from, if any."""
+    stream = iter(cells)
+    first = next(stream, None)
+    if first is None:
+        return
+    if reading().header:
+        columns = _names(first, path)
+        if records is not None:
+            _check_delimiter(path, records.delimiter, first)
+    else:
+        columns = [unnamed(place) for place in range(1, len(first) + 1)]
+        stream = itertools.chain([first], stream)
+    if records is not None:
+        records.columns = len(columns)
+        if len(columns) == 1:  # there is no delimiter, so whole lines are the texts
+            records.split_at("")
+    for each in stream:
+        if records is None and all(value is None for value in each):  # a blank row of a sheet
+            continue
+        row = dict(zip(columns, each, strict=False))
+        if len(each) < len(columns):
+            row.update(dict.fromkeys(columns[len(each) :]))
+        surplus = each[len(columns) :]
+        yield FaultyRow({**row, SURPLUS: surplus}, "too many cells", SHIFTED) if any(surplus) else row
+
+
+def unnamed(place: int) -> str:
+    """Return the name of a column in a table without a header; `place` counts from 1."""
+    return {1: "text", 2: "category"}.get(place, f"column_{place}")
+
+
+def _names(header: list[Any], path: Path) -> list[str]:
+    """Return the column names of a header, without spaces around them."""
+    names = [str("" if each is None else each).strip(" \t\r\n\u3000\u00a0\ufeff\u200b") for each in header]
+    names = [name or f"column_{place}" for place, name in enumerate(names, start=1)]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"{path}: two columns are called {twice!r}; rename one of them")
+    return names
+
+
+def _check_delimiter(path: Path, delimiter: str, header: list[str]) -> None:
+    other = next((each for each in "\t;|," if len(header) == 1 and each in header[0]), None)
+    if other is None:
+        return
+    means = "--delimiter says" if reading().delimiter else f".{kind_of(path)} means"
+    raise InputError(
+        f"{path}, line 1: columns are separated by {other!r}, but {means} {delimiter!r}; give --delimiter {other!r}, "
+        "or rename or convert it"
+    )
+
+
+def checked(rows: Iterable[Row], names: list[str], path: Path) -> Iterator[Row]:
+    """Yield the rows of a table, and check that it has the columns `names`.
+
+    Raises:
+        InputError: a column is missing; the message lists the columns of the table. In JSON, where each row has its
+            own keys, a column is missing if no row has it. This is known only at the end.
+    """
+    lacking: list[str] = list(names)
+    seen: dict[str, None] = {}
+    sparse = kind_of(path) in ("json", "jsonl")
+    for row in rows:
+        if lacking:
+            lacking = [name for name in lacking if name not in row]
+            seen.update(dict.fromkeys(row))
+            if lacking and not sparse:
+                break
+        yield row
+    if lacking and seen:
+        raise missing_column(path, lacking[0], list(seen))
+
+
+def missing_column(path: Path, name: str, columns: list[str]) -> InputError:
+    """Return the error for a missing column."""
+    has = ", ".join(columns)
+    return InputError(
+        f"{path}: no column {name!r}; it has: {has}; give the right one with --text-column or --label-column"
+    )
+
+
+def column(rows: Iterable[Row], names: list[str], path: Path) -> Iterator[tuple[Any, ...]]:
+    """Yield the named columns of each row: a string, None, or a value that is not a text, which `prepare` refuses.
+
+    Raises:
+        InputError: a column is missing, or a row cannot be used at all.
+    """
+    for number, row in enumerate(checked(rows, names, path), start=1):
+        if isinstance(row, FaultyRow):
+            raise InputError(f"{path}, row {number}: {row.fault}")
+        yield tuple(as_text(row.get(name)) for name in names)
+
+
+def as_text(value: Any) -> Any:
+    """Return a cell as text, None if it is missing, or the value itself if it is not a text; `prepare` refuses that.
+
+    Bytes that are not UTF-8 become surrogate escapes, as in a text file.
+    """
+    try:
+        text = values.as_text(value)
+    except TextError:
+        return value
+    return text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+
+
+def read_labelled(path: Path, text_column: str, label_column: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the text and the label of each row, as `column` does.
+
+    Raises:
+        InputError: as `read_rows` and `column`; or a row has more cells than columns.
+    """
+    names = [text_column, label_column]
+    for text, label in column(read_rows(path, names), names, path):
+        yield text, label
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with (local(path) if path == STDIO else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Keep a served model up to date: drift, review and retraining."""

@@ -1,0 +1,314 @@
+"""Retrain: train a checkpoint further on corrections, and compare it with the old one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aisle.console import say
+from aisle.errors import InputError
+from aisle.preprocess.clean import LabelledTexts, clean_rows, content_key, prepare, prepare_label
+from aisle.preprocess.labels import Labelling
+from aisle.preprocess.tables.table import FaultyRow, as_text, fingerprint, read_labelled, read_rows
+from aisle.preprocess.values import TextError
+from aisle.preprocess.vocabulary import MANY_UNKNOWN
+from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
+from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.metrics import score
+from aisle.train.core.predict import logits_of
+from aisle.train.core.resume import check_replaceable
+from aisle.train.core.settings import TrainingSettings
+from aisle.train.core.split import is_held_out, is_learnt, is_validation, split
+from aisle.train.fit.train import train_table
+
+LEARNT = 0.8  # share of a category's corrections that the new checkpoint should get right
+
+
+class Correction(NamedTuple):
+    text: str  # cleaned
+    label: str
+
+
+@dataclass
+class Corrections:
+    """The corrections that people filled in, by the content of the texts."""
+
+    by_content: dict[bytes, Correction]
+    blank: int  # rows without a correction
+    disputed: int = 0  # rows that people labelled differently
+    used: set[bytes] = field(default_factory=set)  # the corrections of texts in the table
+    seen: set[str] = field(default_factory=set)  # the categories in the table
+
+    def apply(self, rows: Iterable[tuple[str | None, str | None]]) -> Iterator[tuple[str | None, str | None]]:
+        """Yield a table's rows with corrections, then the corrected texts that are not in the table."""
+        for raw, label in rows:
+            try:
+                self.seen.add(prepare_label(label))
+                key = content_key(prepare(raw))
+            except TextError:
+                yield raw, label
+                continue
+            if key in self.by_content:
+                self.used.add(key)
+                label = self.by_content[key].label
+            yield raw, label
+        for key, correction in self.by_content.items():
+            if key not in self.used:
+                yield correction
+
+
+def retrain(
+    checkpoint: Path,
+    data: Path,
+    corrections: Sequence[Path],
+    out: Path,
+    *,
+    text_column: str = "",
+    label_column: str = "",
+    epochs: int | None = None,
+    new_categories: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train a checkpoint further on its table with corrections, with its own settings.
+
+    A correction relabels every copy of its text in the table; other corrected texts are added. Training uses the whole
+    table, because a model that sees corrections alone forgets the rest (McCloskey and Cohen 1989). The split is by
+    content, so held-out texts stay held out, and a corrected text may be held out too.
+
+    Args:
+        corrections: tables with the columns of `aisle review`, or exports of a labelling tool; the later table wins
+            for the same text.
+        text_column, label_column: of the table; by default those that the checkpoint was made from.
+        epochs: by default as many as the checkpoint was made with.
+        new_categories: accept categories that are in neither the checkpoint nor the table; otherwise an unknown
+            category is treated as a typo.
+
+    Returns:
+        The scores of the old and the new checkpoint on the held-out fifth, on the corrections used for training and on
+        the held-out corrections; for each category, how many corrections the new one gets right; and `notes`, which
+        say this in words, and what to change if few are right.
+
+    Raises:
+        InputError: a table cannot be read, nothing is corrected, a category is unknown, or the checkpoint does not say
+            how it was made.
+    """
+    if out.resolve() == checkpoint.resolve():
+        raise InputError(f"{out} is the old checkpoint; choose another folder, so that both can be compared")
+    check_replaceable(out, "training.json", overwrite)
+    labels = Checkpoint(checkpoint).labels
+    settings, columns, labelling = _read_training(checkpoint)
+    text_column, label_column = text_column or columns[0], label_column or columns[1]
+    filled = read_corrections(corrections)
+    rows = filled.apply(read_labelled(data, text_column, label_column))
+    table, cleaning = clean_rows(rows, labelling, learnable=is_learnt)
+    if not new_categories:
+        _check_known(filled, labels)
+    say(f"{len(filled.by_content)} corrections: {len(filled.used)} of texts of the table, the others are added")
+    made_from = {
+        "file": data.name,
+        "sha256": fingerprint(data),
+        "columns": [text_column, label_column],
+        "corrections": [{"file": path.name, "sha256": fingerprint(path)} for path in corrections],
+        "checkpoint_sha256": Checkpoint(checkpoint).fingerprint,
+        **labelling.metadata(),
+    }
+    settings = replace(settings, model=str(checkpoint), folds=0, epochs=epochs or settings.epochs)
+    metrics = train_table(table, cleaning, made_from, out, settings, targets=Checkpoint(checkpoint).targets)
+    return {
+        "checkpoint": str(out),
+        "made_of": str(checkpoint),
+        "rows": metrics["rows"],
+        "corrections": _count_corrections(filled, labels),
+        **_compare_checkpoints(checkpoint, out, split(table).held_out, filled, settings.epochs),
+        "seconds": metrics["seconds"],
+    }
+
+
+def _count_corrections(filled: Corrections, labels: Sequence[str]) -> dict[str, Any]:
+    corrected = {correction.label for correction in filled.by_content.values()}
+    return {
+        "rows": len(filled.by_content),
+        "in_table": len(filled.used),
+        "added": len(filled.by_content) - len(filled.used),
+        "blank": filled.blank,
+        "disputed": filled.disputed,
+        "new_categories": sorted(corrected - set(labels)),
+    }
+
+
+def _compare_checkpoints(
+    old: Path, new: Path, held_out: LabelledTexts, filled: Corrections, epochs: int
+) -> dict[str, Any]:
+    """Return the scores of both checkpoints on the held-out part and on the corrections, and notes about these."""
+    texts = [correction.text for correction in filled.by_content.values()]
+    labels = [correction.label for correction in filled.by_content.values()]
+    answers = [_predict(each, [*held_out.texts, *texts]) for each in (old, new)]
+    on_held_out = [each[: len(held_out.texts)] for each in answers]
+    on_corrections = [each[len(held_out.texts) :] for each in answers]
+    # Validation texts chose the epoch, so they are in neither list.
+    learnt = [i for i, text in enumerate(texts) if not is_held_out(text) and not is_validation(text)]
+    unseen = [i for i, text in enumerate(texts) if is_held_out(text)]
+    by_category = _by_category(filled, on_corrections[1], new)
+    return {
+        "held_out": _compare(held_out.labels, *on_held_out),
+        "corrections_learnt": _right(labels, on_corrections, learnt),
+        "corrections_unseen": _right(labels, on_corrections, unseen),
+        "corrections_by_category": by_category,
+        "notes": _notes(by_category, epochs),
+    }
+
+
+def read_corrections(paths: Sequence[Path]) -> Corrections:
+    """Read the corrections that people filled in.
+
+    Raises:
+        InputError: a table cannot be read, nothing is filled in, a text cannot be used, or a table corrects equal
+            texts to different categories.
+    """
+    found: dict[bytes, Correction] = {}
+    blank = disputed = 0
+    for path in paths:
+        here: dict[bytes, tuple[int, Correction]] = {}
+        for number, row in enumerate(read_rows(path), start=1):
+            if isinstance(row, FaultyRow):
+                raise InputError(f"{path}, row {number}: {row.fault}")
+            try:
+                row = as_correction(row)
+            except Disputed:
+                disputed += 1
+                continue
+            except TextError as error:
+                raise InputError(f"{path}, row {number}: {error}") from None
+            if not {"text", CORRECTION} <= row.keys():
+                raise InputError(
+                    f"{path}, row {number}: no column 'text' or {CORRECTION!r}; fill in a table of aisle review"
+                )
+            correction = as_text(row[CORRECTION])
+            if correction is None or (isinstance(correction, str) and not correction.strip()):
+                blank += 1
+                continue
+            try:
+                text, label = prepare(as_text(row["text"])), prepare_label(correction)
+            except TextError as error:
+                raise InputError(f"{path}, row {number}: {error}") from None
+            before = here.setdefault(content_key(text), (number, Correction(text, label)))
+            if before[1].label != label:
+                raise InputError(
+                    f"{path}: rows {before[0]} and {number} correct equal texts to {before[1].label!r} and {label!r}; "
+                    "keep one of them"
+                )
+        found |= {key: correction for key, (_, correction) in here.items()}
+    if not found:
+        why = f"{blank} rows without a correction" + (f", {disputed} disputed" if disputed else "")
+        raise InputError(f"{', '.join(map(str, paths))}: nothing is filled in ({why}); fill in {CORRECTION!r}")
+    return Corrections(found, blank, disputed)
+
+
+def _check_known(filled: Corrections, labels: Sequence[str]) -> None:
+    known = {*labels, *filled.seen}
+    unknown = Counter(each.label for each in filled.by_content.values() if each.label not in known)
+    for label, rows in unknown.most_common(1):
+        near = difflib.get_close_matches(label, known, 1, 0.6)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"{rows} correction(s) to {label!r}, which is not a known category; {meant}"
+            "correct it, or accept it with --new-categories"
+        )
+
+
+def _read_training(checkpoint: Path) -> tuple[TrainingSettings, tuple[str, str], Labelling]:
+    """Return the settings, the columns and the labelling that a checkpoint was trained with."""
+    try:
+        training = json.loads((checkpoint / "training.json").read_text("utf-8"))
+        known: dict[str, Any] = {
+            each.name: training["settings"][each.name]
+            for each in fields(TrainingSettings)
+            if each.name in training["settings"]
+        }
+        settings = TrainingSettings(**{**known, "augment": tuple(known["augment"])})
+        columns = training["data"]["columns"]
+        if settings.from_scratch:  # its learning rate was for random weights
+            settings = replace(settings, learning_rate=None, layer_decay=None)
+        named = str(columns[0]), str(columns[1])
+    except OSError:
+        raise InputError(
+            f"{checkpoint} has no training.json, which says how it was made; train a new one with: aisle train"
+        ) from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{checkpoint}/training.json is damaged: {error}") from None
+    return settings, named, Checkpoint(checkpoint).labelling
+
+
+def _predict(folder: Path, texts: Sequence[str]) -> list[str]:
+    checkpoint = Checkpoint(folder)
+    logits = logits_of(checkpoint.model, checkpoint.tokenizer.tokens(texts), f"evaluating {folder.name}")
+    return [checkpoint.labels[i] for i in logits.argmax(axis=1)]
+
+
+def _compare(actual: Sequence[str], old: Sequence[str], new: Sequence[str]) -> dict[str, Any]:
+    """Return both checkpoints' scores, and the number of texts that only one of them gets right."""
+    right = [(label == before, label == now) for label, before, now in zip(actual, old, new, strict=True)]
+    return {
+        "rows": len(actual),
+        "old": score(actual, old),
+        "new": score(actual, new),
+        "only_old_right": right.count((True, False)),
+        "only_new_right": right.count((False, True)),
+    }
+
+
+def _by_category(filled: Corrections, answers: Sequence[str], out: Path) -> list[dict[str, Any]]:
+    """Return, for each corrected category, how many corrections the new checkpoint gets right, the lowest share first.
+
+    `unknown` is the mean share of unknown tokens in its texts.
+    """
+    corrections = list(filled.by_content.values())
+    unknown = Checkpoint(out).tokenizer([correction.text for correction in corrections]).unknown[:, 0]
+    found: dict[str, list[tuple[bool, float]]] = {}
+    for correction, answer, share in zip(corrections, answers, unknown, strict=True):
+        found.setdefault(correction.label, []).append((answer == correction.label, float(share)))
+    rows = [
+        {
+            "category": label,
+            "rows": len(each),
+            "right": sum(right for right, _ in each),
+            "unknown": round(sum(share for _, share in each) / len(each), 4),
+        }
+        for label, each in found.items()
+    ]
+    return sorted(rows, key=_share_right)
+
+
+def _share_right(row: dict[str, Any]) -> float:
+    return float(row["right"] / row["rows"])
+
+
+def _notes(by_category: Sequence[dict[str, Any]], epochs: int) -> list[str]:
+    """Say how many corrections the new checkpoint gets right, and for categories with few, what to change."""
+    right, rows = (sum(each[name] for each in by_category) for name in ("right", "rows"))
+    notes = [f"the new checkpoint gets {right} of {rows} corrections right"]
+    for each in by_category:
+        if _share_right(each) >= LEARNT:
+            continue
+        few = f"only {each['right']} of {each['rows']} corrections to {each['category']!r} are right"
+        more = f"give --epochs {2 * epochs}"
+        if each["unknown"] >= MANY_UNKNOWN:
+            notes.append(
+                f"{few}: the checkpoint's tokenizer does not know {each['unknown']:.0%} of their text; {more}, or add "
+                "them to the table and train from it with aisle train, whose tokenizer will know them"
+            )
+        else:
+            notes.append(f"{few}; {more}, or correct more texts of this category")
+    return notes
+
+
+def _right(wanted: Sequence[str], answers: Sequence[Sequence[str]], chosen: Iterable[int]) -> dict[str, Any]:
+    """Return how many corrections each checkpoint predicts."""
+    rows = list(chosen)
+    old, new = (sum(each[i] == wanted[i] for i in rows) for each in answers)
+    return {"rows": len(rows), "old_right": old, "new_right": new}

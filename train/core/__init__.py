@@ -1,0 +1,1 @@
+"""What all training commands share: the checkpoint, settings, the split, metrics and calibration."""

@@ -1,0 +1,226 @@
+"""The checkpoint: the folder of a trained classifier.
+
+config.json  model.safetensors      weights, as transformers saves them
+tokenizer.json                      the fast tokenizer
+labels.json                         the categories, in the order of the logits
+sample.jsonl                        some cleaned texts of each part, to calibrate and check engines
+decisions.json                      the thresholds of decisions; not in checkpoints of Aisle 0.1
+metrics.json                        the scores on the held-out part
+training.json                       how it was made: settings, cleaning report, fingerprints of data and code
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+import aisle
+from aisle.errors import InputError
+from aisle.files import write_json
+from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.labels import Labelling
+from aisle.preprocess.tables.table import fingerprint
+from aisle.train.core.decisions import Decisions
+from aisle.train.core.sample import Sample, read_sample, write_sample
+from aisle.train.core.settings import DecisionTargets
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "labels.json")
+
+
+class Checkpoint:
+    """A checkpoint's parts. Each part is read when it is first used, and then kept.
+
+    A missing or damaged file raises InputError at that moment.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int | None = None) -> None:
+        """Name the folder. `max_tokens`, if given, replaces the tokenizer's own limit."""
+        self.folder = folder
+        self._max_tokens = max_tokens
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The categories, in the order of the logits."""
+        return _read_labels(self.folder)
+
+    @cached_property
+    def labelling(self) -> Labelling:
+        """How training changed the labels of its table. Another table with such labels needs the same changes."""
+        return _read_labelling(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer(self.folder / "tokenizer.json", self._max_tokens)
+
+    @cached_property
+    def model(self) -> Any:
+        """The `BertForSequenceClassification` in fp32 on the CPU, in evaluation mode."""
+        return _load_model(self.folder, self.labels)
+
+    @cached_property
+    def sample(self) -> Sample:
+        """The sample of texts in the checkpoint."""
+        return read_sample(self.folder)
+
+    @cached_property
+    def decisions(self) -> Decisions | None:
+        """The decisions of the checkpoint; None if they were never fitted."""
+        return Decisions.load(self.folder, self.labels)
+
+    @property
+    def targets(self) -> DecisionTargets:
+        """What its decisions were fitted to; the defaults if there are none."""
+        return self.decisions.targets if self.decisions else DecisionTargets()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over what decides the predictions: weights, configuration, tokenizer and labels."""
+        return hashlib.sha256("".join(fingerprint(self.folder / name) for name in FILES).encode()).hexdigest()
+
+
+def _read_labels(folder: Path) -> list[str]:
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder} is not a checkpoint: it lacks {', '.join(missing)}; make one with: aisle train")
+    try:
+        labels = json.loads((folder / "labels.json").read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder}/labels.json is damaged: {error}") from None
+    if not (isinstance(labels, list) and len(labels) > 1 and all(isinstance(label, str) for label in labels)):
+        raise InputError(f"{folder}/labels.json must be a list of two or more strings")
+    return labels
+
+
+def _read_labelling(folder: Path) -> Labelling:
+    try:
+        training = json.loads((folder / "training.json").read_text("utf-8"))
+        return Labelling(**training.get("data", {}).get("labelling", {}))
+    except OSError:
+        return Labelling()  # a checkpoint that Aisle did not train has no training.json
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/training.json is damaged: {error}") from None
+
+
+def _load_model(folder: Path, labels: Sequence[str]) -> Any:
+    """Load the model.
+
+    Raises:
+        InputError: the folder holds another architecture, its labels, weights and tokenizer do not fit together, or a
+            weight is not finite.
+    """
+    import torch
+    from transformers import BertForSequenceClassification
+
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder}/config.json is damaged: {error}") from None
+    if config.get("model_type") != "bert":
+        raise InputError(f"{folder} holds a {config.get('model_type')!r} model; only BERT can be served")
+    try:
+        # Always fp32, whatever type the file has: the engine decides on smaller types.
+        model = BertForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except Exception as error:  # safetensors and transformers each raise their own
+        raise InputError(f"{folder}: the weights cannot be loaded: {error}".splitlines()[0]) from None
+    if model.config.num_labels != len(labels):
+        raise InputError(f"{folder}: {len(labels)} labels for {model.config.num_labels} logits")
+    check_names(folder, config, labels)
+    check_pieces(folder, TextTokenizer(folder / "tokenizer.json").tokenizer, model)
+    check_finite(folder, model)
+    return model.eval()
+
+
+def check_names(folder: Path | str, config: dict[str, Any], labels: Sequence[str]) -> None:
+    """Check that labels.json and config.json give the logits the same names, unless config.json has none.
+
+    Raises:
+        InputError: two names differ; the first such logit is in the message.
+    """
+    names = {int(number): name for number, name in (config.get("id2label") or {}).items()}
+    if all(name == f"LABEL_{number}" for number, name in names.items()):
+        return
+    for number, label in enumerate(labels):
+        if names.get(number) != label:
+            both = f"{label!r} in labels.json and {names.get(number)!r} in config.json (id2label)"
+            raise InputError(f"{folder}: logit {number} is {both}; correct the one that is wrong")
+
+
+def check_pieces(name: Path | str, tokenizer: Tokenizer, model: Any) -> None:
+    """Check that a tokenizer has more than special tokens, and that the model has an embedding for each of its ids.
+
+    Raises:
+        InputError: one of these fails.
+    """
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    embeddings = len(model.get_input_embeddings().weight)
+    if last >= embeddings:
+        raise InputError(
+            f"{name}: its tokenizer has ids up to {last}, its weights {embeddings} embeddings; they belong to "
+            "different models: put the model's own tokenizer.json there"
+        )
+    special = sum(token.special for token in tokenizer.get_added_tokens_decoder().values())
+    if tokenizer.get_vocab_size() <= special:
+        raise InputError(f"{name} has no tokenizer: put the model's tokenizer.json or vocab.txt there")
+
+
+def check_finite(name: Path | str, model: Any) -> None:
+    """Check that all weights are finite numbers.
+
+    Raises:
+        InputError: a weight is not; the first one is in the message.
+    """
+    import torch
+
+    for weight, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{name}: {weight} is not finite: training diverged; train again with a lower --learning-rate"
+            )
+
+
+def write_checkpoint(
+    folder: Path,
+    model: Any,
+    tokenizer: TextTokenizer,
+    sample: Sample,
+    metrics: dict[str, Any],
+    training: dict[str, Any],
+    decisions: Decisions | None,
+) -> None:
+    """Write all files of a checkpoint; `training` goes into training.json.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    import torch
+
+    check_finite("the trained model", model)
+    folder.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "labels.json", [model.config.id2label[i] for i in range(model.config.num_labels)])
+    write_sample(folder, sample)
+    if decisions:
+        decisions.save(folder)
+    write_json(folder / "metrics.json", metrics)
+    made_by = {
+        "code_sha256": code_fingerprint(),
+        "checkpoint_sha256": Checkpoint(folder).fingerprint,
+        "versions": {"aisle": aisle.__version__, "torch": torch.__version__},
+    }
+    write_json(folder / "training.json", {**training, **made_by})
+
+
+def code_fingerprint() -> str:
+    """Return a SHA-256 over the source that makes a checkpoint."""
+    root = Path(__file__).parents[2]
+    sources = sorted(path for part in ("preprocess", "train") for path in (root / part).rglob("*.py"))
+    return hashlib.sha256("".join(fingerprint(path) for path in sources).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Evaluate a model, compare it with baselines, and explain its predictions."""

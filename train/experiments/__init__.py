@@ -1,0 +1,1 @@
+"""Series of training runs: ablation and hyperparameter search."""

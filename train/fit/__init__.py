@@ -1,0 +1,1 @@
+"""Learning: texts in, checkpoint out; by training, pretraining, distillation or pruning."""

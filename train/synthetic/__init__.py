@@ -1,0 +1,1 @@
+"""The synthetic catalogue that the demo learns from."""
