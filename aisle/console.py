@@ -10,10 +10,13 @@ import os
 import select
 import shlex
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import length_hint
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
@@ -29,6 +32,10 @@ from rich.table import Table
 from rich.text import Text
 
 from aisle.errors import OutputClosed, ServerError
+from aisle.files import write_json
+
+PROGRESS = "AISLE_PROGRESS"  # environment variable: a file in which commands keep their progress, for the desk
+NOTE_SECONDS = 0.25  # between two notes of the progress
 
 T = TypeVar("T")
 
@@ -105,6 +112,8 @@ def cell(value: object) -> Text:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield `items` and show a progress bar."""
+    if total is None:
+        total = length_hint(items) or None
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -113,7 +122,21 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr) as progress:
-        yield from progress.track(items, total=total, description=description)
+        yield from _noted(progress.track(items, total=total, description=description), description, total)
+
+
+def _noted(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """Yield `items`, and keep the progress in the file that the environment variable `PROGRESS` names."""
+    path = os.environ.get(PROGRESS)
+    if not path:
+        yield from items
+        return
+    noted = 0.0
+    for done, item in enumerate(items):
+        if (now := time.monotonic()) - noted >= NOTE_SECONDS:
+            write_json(Path(path), {"what": description, "done": done, "total": total})
+            noted = now
+        yield item
 
 
 def print_json(value: dict[str, Any]) -> None:

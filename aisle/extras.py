@@ -26,6 +26,8 @@ EXTRAS = {
     "demo": ("demo",),
     "decide": ("train",),
     "deploy": ("build",),
+    "desk": ("desk",),
+    "desk-user": ("desk",),
     "distil": ("train",),
     "drift": ("train",),
     "evaluate": ("train",),

@@ -15,7 +15,7 @@ STAGES = (data, learn, experiments, compress, measure, engine, serving, rollout,
 # The groups of commands in the help. The first group has the commands that everyone needs, in order of use.
 PANELS = {
     "From a table to categories": ("demo", "clean", "train", "evaluate", "build", "serve", "classify", "deploy"),
-    "Models in production": ("rest", "rollback", "drift", "review", "retrain", "decide"),
+    "Models in production": ("desk", "desk-user", "rest", "rollback", "drift", "review", "retrain", "decide"),
     "Better and smaller models": ("pretrain", "search", "distil", "prune"),
     "Explain and compare": ("explain", "compare", "frontier", "ablate", "stages"),
     "Speed and load": ("bench", "loadtest", "overload"),

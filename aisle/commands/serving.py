@@ -6,21 +6,23 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aisle.commands import Json, Repository, TextColumn, Url, data_argument, other_columns, report
-from aisle.commands.command import Stage, file_to_read, file_to_write, refuse, resumable
+from aisle.commands import Json, LabelColumn, Repository, TextColumn, Url, data_argument, other_columns, report
+from aisle.commands.command import Stage, file_to_read, file_to_write, folder_to_write, refuse, resumable
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
-from aisle.console import cell, new_table, stdout, track
+from aisle.console import cell, new_table, show, stdout, track
 from aisle.errors import InputError
 
 if TYPE_CHECKING:
     from aisle.client import Prediction
 
 app = Stage()
+Folder = Annotated[Path, typer.Option(callback=folder_to_write, help="The folder of the desk's own files.")]
 TopK = Annotated[int, typer.Option(min=1, help="Number of categories for each text.")]
 
 
@@ -112,15 +114,102 @@ def rest(
     from aisle.client import TLS
     from aisle.deploy.rest.front import Upstream
     from aisle.deploy.rest.server import RestOptions, serve_rest
-    from aisle.deploy.server.access import ServerTLS
 
-    if (tls_cert is None) != (tls_key is None):
-        raise InputError("TLS needs both --tls-cert and --tls-key")
-    if tls_cert and tls_key:
-        ServerTLS(tls_cert, tls_key).arguments()  # refuses bad files
+    _check_tls(tls_cert, tls_key)
     _check_addresses(("--host", host))
     upstream = Upstream(url, timeout, TLS.from_environment(), os.environ.get("AISLE_TOKEN", ""))
     serve_rest(RestOptions(upstream, host, port, workers, tls_cert, tls_key))
+
+
+@app.command()
+def desk(
+    folder: Folder = Path("work/desk"),
+    url: Url = "localhost:8001",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Anything but this machine's own needs people who log in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8090,
+    repository: Repository = Path("model_repository"),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint of the live model: for quality, and to retrain it.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(callback=file_to_read, help="The checkpoint's training table.")] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    log: Annotated[
+        Path | None, typer.Option(callback=file_to_read, help="A log of live traffic, to show drift.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(callback=file_to_read, help="PEM: the desk's certificate; turns HTTPS on.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(callback=file_to_read, help="PEM: the desk's private key.")] = None,
+) -> None:
+    """Serve web pages where a team tries, reviews, corrects, retrains and rolls out, until stopped.
+
+    It reaches the server as the other commands do. --text-column and --label-column are those of --data.
+    """
+    from aisle.deploy.desk.desk import DeskOptions
+    from aisle.deploy.desk.server import serve_desk
+
+    _check_tls(tls_cert, tls_key)
+    _check_addresses(("--host", host))
+    options = DeskOptions(
+        url,
+        folder.resolve(),
+        host,
+        port,
+        repository.resolve(),
+        checkpoint and checkpoint.resolve(),
+        data and data.resolve(),
+        text_column,
+        label_column,
+        log and log.resolve(),
+        tls_cert,
+        tls_key,
+    )
+    serve_desk(options)
+
+
+@app.command(name="desk-user")
+def desk_user(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The person's name.")],
+    folder: Folder = Path("work/desk"),
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the person, who is logged out at once.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Add a person to the desk, or change a password. It is asked for, or read from standard input."""
+    from aisle.deploy.desk.users import Users
+
+    users = Users(folder / "users.json")
+    if remove:
+        users.remove(name)
+    else:
+        users.set_password(name, _password(name))
+    report({"name": name, "people": users.names()}, as_json, lambda each: show(f"people: {', '.join(each['people'])}"))
+
+
+def _password(name: str) -> str:
+    """Ask for a password twice, or read it from standard input if that is no terminal."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    first, again = getpass(f"password of {name}: "), getpass("again: ")
+    if first != again:
+        raise InputError("the two passwords differ; run the command again")
+    return first
+
+
+def _check_tls(certificate: Path | None, key: Path | None) -> None:
+    """Refuse half of a pair, and files that are no certificate and key.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    from aisle.deploy.server.access import ServerTLS
+
+    if (certificate is None) != (key is None):
+        raise InputError("TLS needs both --tls-cert and --tls-key")
+    if certificate and key:
+        ServerTLS(certificate, key).arguments()
 
 
 def _check_addresses(*options: tuple[str, str]) -> None:

@@ -59,7 +59,7 @@ def serve_rest(options: RestOptions) -> None:
         ssl_certfile=options.certificate,
         ssl_keyfile=options.key,
     )
-    listening = _listen(options.host, options.port)
+    listening = listen(options.host, options.port)
     scheme = "https" if options.certificate else "http"
     say(f"REST at {scheme}://{options.host}:{options.port}, described at /docs, for {options.upstream.url}")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -83,7 +83,7 @@ def application(upstream: Upstream) -> ASGIApp:
     return AccessLog(create_app(upstream))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Bind the port, so that a taken one is an error before anything starts.
 
     Raises:

@@ -1,0 +1,178 @@
+"""What all pages share: the settings, the server, the store, the people, the jobs, and how a page is rendered."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+import aisle
+from aisle.client import Classifier
+from aisle.deploy.desk import languages
+from aisle.deploy.desk.errors import Problem
+from aisle.deploy.desk.jobs import Jobs
+from aisle.deploy.desk.store import Store, set_setting, setting
+from aisle.deploy.desk.users import Users
+from aisle.errors import InputError
+from aisle.train.evaluation.predictors import MOST_CATEGORIES, largest_top_k
+
+CHECKPOINT = "checkpoint"  # setting: the checkpoint that the live version was made from
+NOBODY = "local"  # who works where no login is needed
+PAGES = (("/", "Try"), ("/files", "Files"), ("/review", "Review"), ("/quality", "Quality"), ("/models", "Models"))
+
+
+@dataclass(frozen=True)
+class DeskOptions:
+    """Where to listen, which server to use, and what the pages on quality and models work on."""
+
+    url: str
+    folder: Path  # of the desk's own files
+    host: str = "127.0.0.1"
+    port: int = 8090
+    repository: Path = Path("model_repository")
+    checkpoint: Path | None = None  # for Quality and Models
+    data: Path | None = None  # its training table
+    text_column: str = "text"  # of the training table
+    label_column: str = "category"
+    log: Path | None = None  # of live traffic, for drift
+    certificate: Path | None = None  # PEM; both or neither
+    key: Path | None = None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the desk."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class Desk:
+    """One desk. All its methods can be called from any thread."""
+
+    def __init__(self, options: DeskOptions) -> None:
+        """Open the desk's folder.
+
+        Raises:
+            InputError: the folder cannot be used, or people are needed and there are none.
+        """
+        self.options = options
+        try:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            self.secret = _secret(options.folder / "secret")
+        except OSError as error:
+            raise InputError(f"cannot write to {options.folder}: {error.strerror}; choose another --folder") from None
+        self.users = Users(options.folder / "users.json")
+        if not options.loopback and not self.users.names():
+            raise InputError(
+                f"others can reach {options.host}, so people must log in; add the first with: "
+                f"aisle desk-user NAME --folder {options.folder}"
+            )
+        self.store = Store(options.folder / "desk.sqlite")
+        self._categories: tuple[int, list[str]] = 0, []  # of a version
+        self._categories_lock = threading.Lock()
+        self.jobs = Jobs(self.store, options.folder / "jobs")
+        self._templates = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        self._templates.filters |= {"when": _when, "percent": _percent}
+
+    @property
+    def login(self) -> bool:
+        """Whether people must log in: as soon as there are any, and where others can reach the desk."""
+        return not self.options.loopback or bool(self.users.names())
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The connection to the server; AISLE_TLS_CA and AISLE_TOKEN apply."""
+        return Classifier.from_environment(self.options.url)
+
+    def categories(self) -> list[str]:
+        """Return all categories of the live model, in alphabetical order.
+
+        Raises:
+            ClassifierError: the server does not answer.
+        """
+        with self._categories_lock:
+            live = self.classifier.classify(["probe"])[0].version
+            if self._categories[0] != live:
+                top_k = largest_top_k(self.classifier, MOST_CATEGORIES)
+                (answer,) = self.classifier.classify(["probe"], top_k)
+                self._categories = answer.version, sorted(answer.categories)
+            return self._categories[1]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint in use: the last one that was rolled out from here, or the one that the desk started with."""
+        with self.store.read() as db:
+            kept = setting(db, CHECKPOINT)
+        return Path(kept) if kept else self.options.checkpoint
+
+    def set_checkpoint(self, db: Any, checkpoint: str) -> None:
+        set_setting(db, CHECKPOINT, checkpoint)
+
+    def person(self, request: Request) -> str:
+        """Return who asks."""
+        return str(request.session.get("person", NOBODY))
+
+    def language(self, request: Request) -> str:
+        kept = request.session.get("language")
+        return str(kept) if kept in languages.NAMES else languages.preferred(request.headers.get("accept-language", ""))
+
+    def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """Return a template as the answer, in the person's language."""
+        language = self.language(request)
+
+        def translate(text: str, **parts: object) -> str:
+            return languages.translate(language, text, **parts)
+
+        context = {
+            "_": translate,
+            "language": language,
+            "languages": languages.NAMES,
+            "pages": PAGES,
+            "path": request.url.path,
+            "person": self.person(request),
+            "login": self.login,
+            "csrf": request.session.get("csrf", ""),
+            "version": aisle.__version__,
+            "options": self.options,
+        }
+        return HTMLResponse(self._templates.get_template(template).render({**context, **values}), status)
+
+    def problem(self, request: Request, problem: Problem) -> Response:
+        """Return a sentence: as a part of the page if htmx asks, otherwise as a page."""
+        sentence = languages.translate(self.language(request), problem.text, **problem.values)
+        template = "_problem.html" if request.headers.get("hx-request") else "problem.html"
+        return self.render(request, template, problem.status, sentence=sentence)
+
+
+def _secret(path: Path) -> str:
+    """Return the key that signs sessions; make it at the first start."""
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.touch(0o600)
+        temporary.write_text(secrets.token_hex(32))
+        temporary.replace(path)
+    return path.read_text()
+
+
+def _when(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{share:.{digits}%}"

@@ -1,0 +1,1 @@
+"""The routes of the desk, a module for each page."""

@@ -1,0 +1,34 @@
+"""The state of a job, which pages show and renew while it is active."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from aisle.deploy.desk.desk import Desk
+from aisle.deploy.desk.errors import Problem
+from aisle.deploy.desk.store import note
+
+
+def routes(desk: Desk) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/jobs/{job}")
+    def state(request: Request, job: int) -> Response:
+        """Once the job has ended, the page is loaded again, because its other parts depend on it."""
+        found = desk.jobs.get(job)
+        if found is None:
+            raise Problem("This job does not exist.", 404)
+        answer = desk.render(request, "_job.html", job=found, progress=desk.jobs.progress(job))
+        if not found.active:
+            answer.headers["HX-Refresh"] = "true"
+        return answer
+
+    @router.post("/jobs/{job}/stop")
+    def stop(request: Request, job: int) -> Response:
+        with desk.store.write() as db:
+            note(db, desk.person(request), "stop", job=job)
+        desk.jobs.cancel(job)
+        return state(request, job)
+
+    return router
