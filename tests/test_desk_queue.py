@@ -465,11 +465,14 @@ def browser(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]
     # The server is found to be down once, and is then left alone for the whole test.
     monkeypatch.setattr(review, "RETRY_SECONDS", 3600.0)
     with TestClient(create_app(desk), base_url="http://localhost") as client:
-        page = client.get("/review").text
-        found = re.search('data-csrf="([^"]+)"', page)
-        assert found is not None
-        client.headers |= {"X-CSRF-Token": found[1], "HX-Request": "true"}
+        client.headers |= {"X-CSRF-Token": csrf(client.get("/review").text), "HX-Request": "true"}
         yield client
+
+
+def csrf(page: str) -> str:
+    found = re.search('data-csrf="([^"]+)"', page)
+    assert found is not None
+    return found[1]
 
 
 def test_an_empty_queue_says_so(browser: TestClient) -> None:
@@ -504,6 +507,22 @@ def test_label_from_the_page(browser: TestClient, desk: Desk) -> None:
     done = browser.post("/review/label", data={"item": "2", "kind": "none", "also": "3"}).text
     assert "2 labelled: none of these." in done
     assert "All texts are labelled." in done
+
+
+def test_two_people_who_log_in_get_different_texts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(review, "RETRY_SECONDS", 3600.0)
+    fill(desk.store, texts(3))
+    app = create_app(desk)
+    shown = []
+    for name in ("ann", "bob"):
+        desk.users.set_password(name, "a long password")
+        browser = TestClient(app, base_url="http://localhost")
+        token = {"X-CSRF-Token": csrf(browser.get("/login").text)}
+        assert browser.post("/login", data={"name": name, "password": "a long password"}, headers=token).is_success
+        page = browser.get("/review").text
+        shown.append([each for each in texts(3) if each in page])
+    assert shown == [texts(3)[:1], texts(3)[1:2]]
+    assert read(desk.store, "SELECT item, person FROM leases ORDER BY item") == [(1, "ann"), (2, "bob")]
 
 
 def test_skipped_texts_can_come_back(browser: TestClient, desk: Desk) -> None:
@@ -571,7 +590,7 @@ def test_the_summary_shows_agreement_and_people(browser: TestClient, desk: Desk)
         label(desk.store, "bob", item, category=CABLE if item % 2 else CASE)
     page = browser.get("/review/summary").text
     assert "10 texts were labelled by two people." in page
-    assert "They agree on 100%." in page
+    assert "They agree on 100% of these." in page
     assert "1.00" in page
     assert "ann" in page
 

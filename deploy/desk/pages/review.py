@@ -25,7 +25,7 @@ from aisle.errors import InputError
 
 CHOICES = 9  # one for each digit
 MOST_USED = 1000  # categories that a search puts first
-RETRY_SECONDS = 10.0  # a server that is down is not asked for so long, so that labelling stays fast
+RETRY_SECONDS = 30.0  # a server that is down is not asked for so long, so that labelling stays fast
 LONGEST_QUERY = 200  # characters
 
 Fields = dict[str, list[str]]
@@ -84,8 +84,8 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/summary")
     def summary(request: Request) -> Response:
         with desk.store.read() as db:
-            values = {"people": queue.people(db), "agreement": queue.agreement(db)}
-        return desk.render(request, "_review_summary.html", **values)
+            people, agreement = queue.people(db), queue.agreement(db)
+        return desk.render(request, "_review_summary.html", people=people, agreement=agreement)
 
     return router
 

@@ -91,6 +91,8 @@ document.addEventListener("htmx:afterSwap", (event) => {
     // Enter and Escape of an input method choose characters.
     if (event.isComposing || event.keyCode === 229 || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.id === "find") { searchKey(event); return; }
+    // Browsers would press the first button of the form.
+    if (event.key === "Enter" && event.target.name === "also") { event.preventDefault(); return; }
     const keys = document.getElementById("keys");
     if (!keys?.checked || event.repeat || busy || event.target.matches("input:not([type=checkbox]), textarea, select")) return;
     if (event.key === "/" && finder()) finder().focus();
@@ -120,7 +122,15 @@ document.addEventListener("htmx:afterSwap", (event) => {
     if (busy || performance.now() - shownAt < SETTLE) event.preventDefault(); else busy = true;
   });
 
-  document.addEventListener("htmx:afterRequest", (event) => { if (event.detail.elt.matches("[data-acts]")) busy = false; });
+  // The form that asked is gone by now, so the event comes from what is around it.
+  document.addEventListener("htmx:afterRequest", (event) => {
+    if (event.detail.requestConfig.elt.matches("[data-acts]")) busy = false;
+  });
+
+  document.addEventListener("htmx:sendError", (event) => {
+    const lost = within("[data-lost]");
+    if (lost && event.detail.requestConfig.elt.matches("[data-acts]")) lost.hidden = false;
+  });
 
   document.addEventListener("htmx:afterSwap", (event) => {
     if (event.detail.target.id === "review") {
