@@ -92,6 +92,11 @@ def state(store: Store, item: int) -> tuple[object, ...]:
     return read(store, f"SELECT state, agreed, wanted FROM items WHERE id = {item}")[0]
 
 
+def set_team(store: Store, people: int) -> None:
+    with store.write() as db:
+        queue.set_team(db, people)
+
+
 def told(store: Store, question: Callable[[sqlite3.Connection], object]) -> object:
     with store.read() as db:
         return question(db)
@@ -187,6 +192,21 @@ def test_one_text_in_ten_is_for_two_people(store: Store) -> None:
     (share,) = read(store, "SELECT avg(wanted = 2) FROM items")[0]
     assert isinstance(share, float)
     assert 0.07 < share < 0.13  # the keys are hashes, so this is the same on every machine
+
+
+def test_one_person_alone_waits_for_nobody(store: Store) -> None:
+    """Also for the texts that were queued while there were several people."""
+    first, second, third = texts(3, people=2)
+    fill(store, [first, second])
+    label(store, "ann", 1)
+    set_team(store, 1)
+    assert state(store, 1) == ("agreed", CABLE, 1)
+    assert state(store, 2) == ("open", None, 1)
+    fill(store, [third])
+    assert state(store, 3) == ("open", None, 1)
+    set_team(store, 2)
+    fill(store, texts(4, people=2)[3:])
+    assert state(store, 4) == ("open", None, 2)
 
 
 def test_two_people_give_second_opinions(store: Store) -> None:
@@ -584,6 +604,7 @@ def test_search_and_similar_texts_without_a_server(browser: TestClient, desk: De
 
 def test_the_summary_shows_agreement_and_people(browser: TestClient, desk: Desk) -> None:
     assert "No text was labelled by two people yet." in browser.get("/review/summary").text
+    set_team(desk.store, 2)
     fill(desk.store, texts(10, people=2))
     for item in range(1, 11):
         label(desk.store, "ann", item, category=CABLE if item % 2 else CASE)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aisle.deploy.desk.errors import Problem
-from aisle.deploy.desk.store import note
+from aisle.deploy.desk.store import note, set_setting, setting
 from aisle.preprocess.clean import content_key
 
 SECOND_OPINIONS = 10  # one in so many texts is labelled by two people
+ALONE = "one person"  # setting: not empty if one person alone uses the desk
 MOST_PEOPLE = 5  # for one text; if no more than half of them agree, it stays open as disputed
 LEASE_SECONDS = 600.0  # a text goes to someone else afterwards
 FEWEST_PAIRS = 10  # texts with two labels, for kappa
@@ -83,7 +84,7 @@ def add(db: sqlite3.Connection, file: int, rows: Iterable[dict[str, Any]]) -> in
             "INSERT INTO items "
             "(key, file, text, category, confidence, category_2, confidence_2, decision, margin, wanted) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
-            (*values, row.get("decision") or None, margin, _people(key)),
+            (*values, row.get("decision") or None, margin, _people(db, key)),
         )
         added += done.rowcount
     return added
@@ -135,7 +136,7 @@ def undo(db: sqlite3.Connection, person: str, now: float) -> Item | None:
     for row in rows:
         db.execute("DELETE FROM labels WHERE item = ? AND person = ?", (row["item"], person))
         if row["kind"] != "skip":
-            _decide(db, row["item"], _people(row["key"]))
+            _decide(db, row["item"], _people(db, row["key"]))
     note(db, person, "undo", kind=rows[0]["kind"], texts=len(rows))
     first = rows[0]["item"]
     return _lease(db, person, first, now) if _is_free(db, person, first, now) else take(db, person, now)
@@ -234,9 +235,17 @@ def none_of_these(db: sqlite3.Connection) -> Iterator[dict[str, str]]:
         yield {"text": row["text"], "category": row["category"]}
 
 
-def _people(key: bytes) -> int:
+def set_team(db: sqlite3.Connection, people: int) -> None:
+    """Say how many people use the desk. One person alone gives no second opinions, and no text waits for any."""
+    set_setting(db, ALONE, "yes" if people < 2 else "")
+    if people < 2:
+        for row in db.execute("SELECT id FROM items WHERE state = 'open' AND wanted > 1").fetchall():
+            _decide(db, row["id"], 1)
+
+
+def _people(db: sqlite3.Connection, key: bytes) -> int:
     """Return how many people label a text at first. It depends on the text alone, so it is a fair sample."""
-    return 2 if key[0] % SECOND_OPINIONS == 0 else 1
+    return 2 if key[0] % SECOND_OPINIONS == 0 and not setting(db, ALONE) else 1
 
 
 def _is_free(db: sqlite3.Connection, person: str, item: int, now: float) -> bool:
