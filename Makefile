@@ -9,7 +9,7 @@ AISLE := $(BIN)/aisle
 CHECKPOINT ?= work/checkpoint
 URL ?= localhost:8001
 
-.PHONY: python demo test lint docs picture train evaluate engine compare serve classify loadtest bench drift clean clean-all
+.PHONY: python demo test lint docs picture pictures train evaluate engine compare serve classify loadtest bench drift clean clean-all
 
 python: # first check whether this Python is suitable
 	@$(ENVIRONMENT) demo --check
@@ -28,6 +28,9 @@ docs: .venv/ready ## the manual as a site, docs/_build/html; warnings are errors
 
 picture: .venv/ready ## make the README's picture from a new run of the demo
 	$(AISLE) demo --json | $(BIN)/python docs/picture.py docs/_static/demo.svg
+
+pictures: .venv/ready demo ## make the manual's pictures of the desk; needs chromium and a Chinese font
+	$(BIN)/python docs/desk_pictures.py docs/_static/desk
 
 train: .venv/ready ## DATA=FILE [CHECKPOINT=DIR] [OPTIONS=--overwrite]
 	$(AISLE) train $(DATA) -o $(CHECKPOINT) $(OPTIONS)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -195,13 +193,12 @@ class Jobs:
         environment = {**os.environ, PROGRESS: str(folder / "progress")}
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "aisle", *words, "--json"],
+                [sys.executable, "-m", "aisle.deploy.desk.child", str(os.getpid()), *words, "--json"],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches the desk alone, which stops its jobs itself
-                preexec_fn=_end_with_desk,
             )
             self._running[job] = process
             try:
@@ -244,11 +241,6 @@ def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def _end_with_desk() -> None:
-    """Have the kernel stop the command if the desk is killed (Linux prctl, PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _last_line(path: Path) -> str:
