@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,14 @@ FIELDS = {
     "agreement": (100, "Give 0 to {most} percent for the least agreement."),
     "canary": (100, "Give 0 to {most} percent for the share of the canary."),
     "canary_seconds": (LONGEST, "Give 0 to {most} seconds for the canary."),
+}
+TITLES = {
+    "retrain": "Retraining",
+    "deploy": "Rollout",
+    "rollback": "Rollback",
+    "evaluate": "Measuring",
+    "drift": "Looking for drift",
+    "doubtful": "Looking for wrong labels",
 }
 # What each event says. What is unknown here is shown by its name.
 EVENTS = {
@@ -237,6 +246,7 @@ def _page(desk: Desk) -> dict[str, Any]:
     result: dict[str, Any] = made.results[0] if made and made.results else {}
     return {
         **values,
+        "titles": TITLES,
         "job": job,
         "progress": desk.jobs.progress(job.id) if job else {},
         "checkpoint": desk.checkpoint,
@@ -285,14 +295,11 @@ def _history(db: sqlite3.Connection) -> list[dict[str, Any]]:
 
 
 def _in_words(event: dict[str, Any]) -> dict[str, Any]:
-    """Return the sentence of an event and its values."""
+    """Return the sentence of an event and the values in it."""
     sentence, detail = EVENTS.get(event["what"], ""), event["detail"]
-    try:
-        sentence.format(**detail)
-    except (KeyError, IndexError):
-        sentence = ""
-    if sentence:
-        return {"sentence": sentence, "values": detail}
+    wanted = re.findall(r"{(\w+)}", sentence)
+    if sentence and all(name in detail for name in wanted):
+        return {"sentence": sentence, "values": {name: detail[name] for name in wanted}}
     told = ", ".join(f"{name}: {value}" for name, value in detail.items())
     return {"sentence": "{what} ({detail})" if told else "{what}", "values": {"what": event["what"], "detail": told}}
 

@@ -16,12 +16,18 @@ from aisle.deploy.desk import languages
 from aisle.deploy.desk.charts import Translate, calibration_chart, course_chart
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem
-from aisle.deploy.desk.pages.models import columns, refuse_second, sources
+from aisle.deploy.desk.pages.models import TITLES, columns, refuse_second, sources
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 
-# What the table of categories can be sorted by, and whether the largest comes first.
-SORTS = {"precision": False, "recall": False, "f1": False, "confidence": False, "rows": True}
+# What the table of categories can be sorted by: its heading, and whether the largest comes first.
+SORTS = {
+    "precision": ("Precision", False),
+    "recall": ("Recall", False),
+    "f1": ("F1", False),
+    "confidence": ("Confidence", False),
+    "rows": ("Rows", True),
+}
 SHADES = 10  # of the confusions
 CONFUSIONS = 20  # that are listed
 DOUBTED = 50  # texts whose label is doubted
@@ -125,6 +131,7 @@ def _page(desk: Desk, sort: str) -> dict[str, Any]:
     last = [desk.jobs.last(kind) for kind in done]
     shown = [job for job in last if job and job.state != "done"]
     values: dict[str, Any] = {
+        "titles": TITLES,
         "checkpoint": desk.checkpoint,
         "jobs": [{"job": job, "progress": desk.jobs.progress(job.id)} for job in shown],
         "done": done,
@@ -149,7 +156,7 @@ def _categories(result: dict[str, Any], sort: str) -> list[dict[str, Any]]:
         | {figure: each[figure] for figure in ("precision", "recall", "f1")}
         for name, each in result["per_class"].items()
     ]
-    sign = -1 if SORTS[sort] else 1
+    sign = -1 if SORTS[sort][1] else 1
     return sorted(rows, key=lambda row: (row[sort] is None, sign * (row[sort] or 0), row["name"]))
 
 
