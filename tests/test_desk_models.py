@@ -215,13 +215,28 @@ def test_a_confusion_leads_to_its_texts(pages: Pages) -> None:
     assert pages.client.get("/quality/errors?actual=a&predicted=b").status_code == 404
 
 
-def test_many_categories_get_a_list_instead_of_a_matrix(pages: Pages) -> None:
-    names = tuple(f"category {i}" for i in range(metrics.LARGEST_MATRIX + 5))
-    pages.done("evaluate", evaluated("x", names, 400))
+def test_of_many_categories_the_matrix_has_those_with_the_most_confusions(pages: Pages) -> None:
+    names = tuple(f"category {i}" for i in range(metrics.LARGEST_MATRIX + 7))
+    result = evaluated("x", names, 470)
+    assert result["confusion"] is None
+    matrix = quality._matrix(result)
+    assert len(matrix) == quality.LARGEST_PART
+    for i, row in enumerate(matrix):
+        support, recall = (result["per_class"][row["name"]][figure] for figure in ("support", "recall"))
+        assert row["cells"][i]["rows"] == round(support * recall)
+    pages.done("evaluate", result)
     page = pages.get("/quality")
-    assert "too many categories for a matrix" in page
-    assert 'class="heat-' not in page
-    assert "/quality/errors?" in page
+    assert "The matrix has the 30 categories with the most confusions." in page
+    for link in re.findall(r'href="(/quality/errors[^"]+)"', page):
+        pages.get(link.replace("&amp;", "&"))
+
+
+def test_the_matrix_has_the_counts_of_the_evaluation() -> None:
+    result = evaluated("x")
+    counts = [[cell["rows"] for cell in row["cells"]] for row in quality._matrix(result)]
+    assert counts == result["confusion"]["counts"]
+    perfect = measure(["1", "2"], ["a", "b"], [Prediction(("a",), (0.9,)), Prediction(("b",), (0.8,))])
+    assert quality._matrix({**perfect, "confusion": None}) == []
 
 
 def test_charts_are_svg_that_the_security_policy_allows(pages: Pages) -> None:
@@ -277,6 +292,7 @@ def test_suspected_labels_come_from_clean_and_evaluate(pages: Pages) -> None:
     assert [words[0] for words in job.commands] == ["clean", "evaluate"]
     assert "--held-out" not in job.commands[1]
     pages.end(job.id, clean_file(table, out, "text", "category"), evaluated("old"))
+    assert not list(pages.folder.glob("cleaned*"))
     page = pages.get("/quality")
     assert "1 groups of 2 rows" in page
     assert "Labels that the model contradicts" in page

@@ -18,17 +18,20 @@ Translate = Callable[[str], str]
 
 
 def calibration_chart(bins: Sequence[dict[str, Any]], translate: Translate) -> bytes:
-    """Draw the accuracy of each bin of confidence, beside the diagonal of a calibrated model."""
+    """Draw the accuracy of each bin of confidence, beside that of a calibrated model, and its number of texts."""
     with _DRAWING:
         from aisle.palette import BLUE, GREY
-        from aisle.plots import percent_axis
+        from aisle.plots import log_axis, percent_axis
 
-        figure = _figure(6, 4)
-        axes = figure.add_subplot()
+        figure = _figure(6, 5)
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         axes.plot([0, 1], [0, 1], "--", color=GREY, label=translate("calibrated model"))
         confidence, accuracy = ([each[name] for each in bins] for name in ("confidence", "accuracy"))
         axes.plot(confidence, accuracy, "o-", color=BLUE, label=translate("this model"))
-        axes.set(xlabel=translate("Confidence"), ylabel=translate("Accuracy"))
+        axes.set(ylabel=translate("Accuracy"))
+        below.bar(confidence, [each["rows"] for each in bins], width=0.04, color=BLUE)
+        below.set(xlabel=translate("Confidence"), ylabel=translate("Texts"), yscale="log", ylim=(0.8, None))
+        log_axis(below, "y")
         axes.legend(loc="upper left", frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
         for direction in ("x", "y"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +18,7 @@ from aisle.deploy.desk import languages
 from aisle.deploy.desk.charts import Translate, calibration_chart, course_chart
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem
+from aisle.deploy.desk.jobs import Results, Write
 from aisle.deploy.desk.pages.models import TITLES, columns, refuse_second, sources
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
@@ -29,6 +32,7 @@ SORTS = {
     "rows": ("Rows", True),
 }
 SHADES = 10  # of the confusions
+LARGEST_PART = 30  # categories of a matrix that has not all of them
 CONFUSIONS = 20  # that are listed
 DOUBTED = 50  # texts whose label is doubted
 HISTORY = 60  # measurements of drift
@@ -36,6 +40,7 @@ HISTORY = 60  # measurements of drift
 
 def routes(desk: Desk) -> APIRouter:
     router = APIRouter(prefix="/quality")
+    desk.jobs.on_finish("doubtful", lambda _, results: _remove_cleaned(results))
     _add_pages(router, desk)
     _add_charts(router, desk)
     _add_buttons(router, desk)
@@ -110,6 +115,17 @@ def _start(desk: Desk, request: Request, kind: str, commands: list[list[str]]) -
     return Response(headers={"HX-Redirect": "/quality"})
 
 
+def _remove_cleaned(results: Results) -> Write:
+    """Remove the table that `aisle clean` wrote; only its report is shown."""
+
+    def write(_: sqlite3.Connection) -> None:
+        for name in ("output", "report"):
+            Path(results[0][name]).unlink(missing_ok=True)
+        Path(results[0]["report"]).with_suffix(".json").unlink(missing_ok=True)
+
+    return write
+
+
 def _result(desk: Desk, kind: str) -> dict[str, Any]:
     """Return the newest result of a kind of job.
 
@@ -161,11 +177,8 @@ def _categories(result: dict[str, Any], sort: str) -> list[dict[str, Any]]:
 
 
 def _matrix(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the confusion matrix; none if there are too many categories for one."""
-    found = result["confusion"]
-    if not found:
-        return []
-    names = found["categories"]
+    """Return the rows of the confusion matrix. Of many categories, it has those with the most confusions."""
+    names, counts = _counts(result)
     listed = {(each["actual"], each["predicted"]) for each in result["errors"]}
     return [
         {
@@ -173,15 +186,35 @@ def _matrix(result: dict[str, Any]) -> list[dict[str, Any]]:
             "cells": [
                 {
                     "predicted": predicted,
-                    "rows": count,
-                    "shade": min(SHADES - 1, int(SHADES * count / max(1, sum(counts)))),
+                    "rows": counts.get((name, predicted), 0),
+                    "shade": _shade(counts.get((name, predicted), 0), result["per_class"][name]["support"]),
                     "linked": (name, predicted) in listed,
                 }
-                for predicted, count in zip(names, counts, strict=True)
+                for predicted in names
             ],
         }
-        for name, counts in zip(names, found["counts"], strict=True)
+        for name in names
     ]
+
+
+def _counts(result: dict[str, Any]) -> tuple[list[str], dict[tuple[str, str], int]]:
+    """Return the categories of the matrix, and its counts by label and answer."""
+    if found := result["confusion"]:
+        names = found["categories"]
+        pairs = ((name, predicted) for name in names for predicted in names)
+        return names, dict(zip(pairs, (count for row in found["counts"] for count in row), strict=True))
+    involved: Counter[str] = Counter()
+    counts = {}
+    for each in result["errors"]:
+        counts[each["actual"], each["predicted"]] = each["rows"]
+        involved.update({each["actual"]: each["rows"], each["predicted"]: each["rows"]})
+    names = sorted(name for name, _ in involved.most_common(LARGEST_PART))
+    right = {name: result["per_class"][name] for name in names}
+    return names, counts | {(name, name): round(each["recall"] * each["support"]) for name, each in right.items()}
+
+
+def _shade(rows: int, of: int) -> int:
+    return min(SHADES - 1, int(SHADES * rows / max(1, of)))
 
 
 def _doubted(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
