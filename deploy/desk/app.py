@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -35,6 +36,7 @@ def create_app(desk: Desk) -> FastAPI:
 
     # What the framework refuses, such as an unknown path. The guard answers all other errors.
     app.add_exception_handler(HTTPException, answer_error)
+    app.add_exception_handler(RequestValidationError, answer_error)
     for page in PAGES:
         app.include_router(page.routes(desk))
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, Response
 
 import aisle
 from aisle.client import Classifier
-from aisle.deploy.desk import languages
+from aisle.deploy.desk import languages, queue
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.jobs import Jobs
 from aisle.deploy.desk.store import Store, set_setting, setting
@@ -78,6 +78,8 @@ class Desk:
                 f"aisle desk-user NAME --folder {options.folder}"
             )
         self.store = Store(options.folder / "desk.sqlite")
+        with self.store.write() as db:
+            queue.set_team(db, len(self.users.names()))
         self._categories: tuple[int, list[str]] = 0, []  # of a version
         self._categories_lock = threading.Lock()
         self.jobs = Jobs(self.store, options.folder / "jobs")

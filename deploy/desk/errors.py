@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from aisle.client import ClassifierError, Overloaded, Unavailable
@@ -36,6 +37,8 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         text = "This page does not exist." if error.status_code == 404 else "{detail}"
         return Problem(text, error.status_code, detail=error.detail)
+    if isinstance(error, RequestValidationError):  # a part of the address is no number
+        return Problem("This page does not exist.", 404)
     if isinstance(error, (sqlite3.Error, OSError)):
         return Problem("The desk cannot write: {detail}", 507, detail=str(error))
     bug = fault_of_bug(error).why

@@ -134,11 +134,11 @@ class Jobs:
         return None if row is None else _job(row)
 
     def progress(self, job: int) -> dict[str, Any]:
-        """Return what a running job does: `what`, `done` and `total`, as far as it is known."""
+        """Return what a running job does: `what`, `done` and `total`; empty, 0 and None as long as nothing is known."""
         try:
             found: dict[str, Any] = json.loads((self._folder / str(job) / "progress").read_text("utf-8"))
         except (OSError, ValueError):
-            return {}
+            return {"what": "", "done": 0, "total": None}
         return found
 
     def _run_lane(self, kinds: tuple[str, ...]) -> None:

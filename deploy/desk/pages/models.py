@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from aisle.deploy.desk import queue
 from aisle.deploy.desk.desk import CHECKPOINT, Desk
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.guard import field, form
@@ -50,7 +50,6 @@ EVENTS = {
     "classify": "classified {file}",
     "delete": "deleted {file}",
     "stop": "stopped job {job}",
-    "label": "labelled texts",
     "undo": "took labels back",
     "evaluate": "measured the checkpoint",
     "drift": "looked for drift",
@@ -122,11 +121,6 @@ def refuse_second(db: sqlite3.Connection, *kinds: str) -> None:
         raise Problem("This is running already. Wait until it has ended, or stop it.", 409)
 
 
-def _corrections(db: sqlite3.Connection) -> Iterator[dict[str, str]]:
-    for row in db.execute("SELECT text, agreed FROM items WHERE state = 'agreed' ORDER BY id"):
-        yield {"text": row["text"], "correct_category": row["agreed"]}
-
-
 def _start_retraining(desk: Desk, person: str) -> None:
     """Write all corrections to a file, and add the job that trains with them.
 
@@ -137,7 +131,7 @@ def _start_retraining(desk: Desk, person: str) -> None:
     folder = desk.options.folder.resolve()
     with desk.store.write() as db:
         refuse_second(db, *KINDS)
-        rows = list(_corrections(db))
+        rows = list(queue.corrections(db))
         if not rows:
             raise Problem("Nothing is corrected yet. Label texts on the page Review.")
         number = int(db.execute("SELECT coalesce(max(id), 0) + 1 FROM jobs").fetchone()[0])  # the job's

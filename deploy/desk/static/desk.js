@@ -36,3 +36,115 @@ document.addEventListener("htmx:afterSwap", (event) => {
   const spoken = event.detail.target.querySelector?.("[data-announce]");
   if (spoken) announce(spoken.dataset.announce);
 });
+
+// The review page: its keys, the search of categories, and where the focus goes.
+(() => {
+  const SETTLE = 250; // ms after a new text in which nothing is sent, so that a double press does not label it unread
+  let busy = false, shownAt = 0;
+  const within = (selector) => document.querySelector("#review " + selector);
+  const finder = () => within("#find");
+  const options = () => [...document.querySelectorAll("#options [data-category]")];
+
+  function mark(option) {
+    for (const each of options()) each.setAttribute("aria-selected", String(each === option));
+    if (option) finder().setAttribute("aria-activedescendant", option.id); else finder().removeAttribute("aria-activedescendant");
+    option?.scrollIntoView({ block: "nearest" });
+  }
+
+  function open(shown) {
+    within("#options").hidden = !shown;
+    finder().setAttribute("aria-expanded", String(shown));
+    if (!shown) mark(null);
+  }
+
+  function choose(option) {
+    const button = within("#found");
+    button.value = option.dataset.category;
+    button.click();
+  }
+
+  function tickAll(button) {
+    const ticks = [...document.querySelectorAll("#review input[name=also]")];
+    const ticked = !ticks.every((each) => each.checked);
+    for (const each of ticks) each.checked = ticked;
+    announce(button.dataset.said.replace("{number}", ticked ? ticks.length : 0));
+  }
+
+  function searchKey(event) {
+    const all = options(), at = all.findIndex((each) => each.getAttribute("aria-selected") === "true");
+    const closed = within("#options").hidden;
+    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      const next = event.key === "ArrowDown" ? at + 1 : (at < 0 ? all.length : at) - 1;
+      if (closed) htmx.trigger(finder(), "find"); else if (all.length) mark(all.at(next % all.length));
+    } else if (event.key === "Enter") {
+      // Only what answers the words in the field: the search of the last letters may still be under way.
+      if (!closed && at >= 0 && all[0].dataset.query === finder().value) choose(all[at]);
+    } else if (event.key === "Escape") {
+      finder().value = "";
+      open(false);
+      within("h2").focus();
+    } else return;
+    event.preventDefault();
+  }
+
+  document.addEventListener("keydown", (event) => {
+    // Enter and Escape of an input method choose characters.
+    if (event.isComposing || event.keyCode === 229 || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.id === "find") { searchKey(event); return; }
+    // Browsers would press the first button of the form.
+    if (event.key === "Enter" && event.target.name === "also") { event.preventDefault(); return; }
+    const keys = document.getElementById("keys");
+    if (!keys?.checked || event.repeat || busy || event.target.matches("input:not([type=checkbox]), textarea, select")) return;
+    if (event.key === "/" && finder()) finder().focus();
+    else {
+      const button = /^[1-9nsua]$/.test(event.key) && within(`[data-key="${event.key}"]`);
+      if (!button) return;
+      button.click();
+    }
+    event.preventDefault();
+  });
+
+  document.addEventListener("click", (event) => {
+    const option = event.target.closest("#options [data-category]");
+    if (option) choose(option);
+    const button = event.target.closest("[data-tick]");
+    if (button) tickAll(button);
+  });
+
+  document.addEventListener("mousedown", (event) => {
+    if (event.target.closest("#options")) event.preventDefault(); // keeps the focus in the field
+  });
+
+  document.addEventListener("focusout", (event) => { if (event.target.id === "find" && finder()) open(false); });
+
+  document.addEventListener("htmx:beforeRequest", (event) => {
+    if (!event.detail.elt.matches("[data-acts]")) return;
+    if (busy || performance.now() - shownAt < SETTLE) event.preventDefault(); else busy = true;
+  });
+
+  // The form that asked is gone by now, so the event comes from what is around it.
+  document.addEventListener("htmx:afterRequest", (event) => {
+    if (event.detail.requestConfig.elt.matches("[data-acts]")) busy = false;
+  });
+
+  document.addEventListener("htmx:sendError", (event) => {
+    const lost = within("[data-lost]");
+    if (lost && event.detail.requestConfig.elt.matches("[data-acts]")) lost.hidden = false;
+  });
+
+  document.addEventListener("htmx:afterSwap", (event) => {
+    if (event.detail.target.id === "review") {
+      shownAt = performance.now();
+      within("h2")?.focus();
+    } else if (event.detail.target.id === "options") {
+      open(document.activeElement === finder());
+      mark(options()[0]);
+    }
+  });
+
+  // Single keys can be turned off, for people whose own tools press keys (WCAG 2.1.4). The browser remembers it.
+  const keys = document.getElementById("keys");
+  if (!keys) return;
+  keys.checked = localStorage.getItem("keys") !== "off";
+  keys.addEventListener("change", () => localStorage.setItem("keys", keys.checked ? "on" : "off"));
+})();
