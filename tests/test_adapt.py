@@ -420,6 +420,12 @@ def test_retraining_learns_the_corrections_and_keeps_its_accuracy(shop: Path, ta
     assert held_out["only_new_right"] - held_out["only_old_right"] == round(
         (held_out["new"]["accuracy"] - held_out["old"]["accuracy"]) * held_out["rows"]
     )
+    changes = result["changes"]
+    assert 0 < len(changes) <= 50
+    assert len({each["text"] for each in changes}) == len(changes)
+    assert all(each["old"] != each["new"] for each in changes)
+    assert changes[0]["label"] in ("礼品 > 礼盒", "食品 > 零食")  # corrections come first
+    assert sum(each["new"] == each["label"] for each in changes) > len(changes) / 2
     training = json.loads((tmp_path / "new" / "training.json").read_text("utf-8"))
     assert training["data"]["corrections"][0]["file"] == "filled.csv"
     assert training["data"]["columns"] == ["text", "category"]

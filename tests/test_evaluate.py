@@ -124,6 +124,7 @@ def test_measure_by_hand() -> None:
     assert result["accuracy"] == result["micro_f1"] == 0.25
     assert result["refused"] == 1
     assert result["top_k"] == {"1": 0.25, "2": 0.75}
+    assert result["confidence_by_category"] == {"a": pytest.approx((0.9 + 0.6 + 0.8) / 3)}
     assert result["confusion"] == {"categories": ["(refused)", "a", "b"], "counts": [[0, 0, 0], [1, 1, 0], [0, 2, 0]]}
     assert result["errors"][0] == {
         "actual": "b",

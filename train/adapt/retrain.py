@@ -26,6 +26,7 @@ from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import is_held_out, is_learnt, is_validation, split
 from aisle.train.fit.train import train_table
 
+CHANGES = 50  # texts whose answer changed, in the result
 LEARNT = 0.8  # share of a category's corrections that the new checkpoint should get right
 
 
@@ -90,8 +91,9 @@ def retrain(
 
     Returns:
         The scores of the old and the new checkpoint on the held-out fifth, on the corrections used for training and on
-        the held-out corrections; for each category, how many corrections the new one gets right; and `notes`, which
-        say this in words, and what to change if few are right.
+        the held-out corrections; for each category, how many corrections the new one gets right; `changes`, some texts
+        that the two answer differently, corrections first; and `notes`, which say this in words, and what to change if
+        few are right.
 
     Raises:
         InputError: a table cannot be read, nothing is corrected, a category is unknown, or the checkpoint does not say
@@ -159,6 +161,11 @@ def _compare_checkpoints(
         "corrections_learnt": _right(labels, on_corrections, learnt),
         "corrections_unseen": _right(labels, on_corrections, unseen),
         "corrections_by_category": by_category,
+        "changes": _changes(
+            [*texts, *held_out.texts],
+            [*labels, *held_out.labels],
+            *([*corrected, *others] for corrected, others in zip(on_corrections, on_held_out, strict=True)),
+        ),
         "notes": _notes(by_category, epochs),
     }
 
@@ -260,6 +267,17 @@ def _compare(actual: Sequence[str], old: Sequence[str], new: Sequence[str]) -> d
         "only_old_right": right.count((True, False)),
         "only_new_right": right.count((False, True)),
     }
+
+
+def _changes(
+    texts: Sequence[str], labels: Sequence[str], old: Sequence[str], new: Sequence[str]
+) -> list[dict[str, str]]:
+    """Return the first texts that the two checkpoints answer differently."""
+    found: dict[str, dict[str, str]] = {}  # a corrected text may be held out too
+    for text, label, before, now in zip(texts, labels, old, new, strict=True):
+        if before != now and len(found) < CHANGES:
+            found.setdefault(text, {"text": text, "label": label, "old": before, "new": now})
+    return list(found.values())
 
 
 def _by_category(filled: Corrections, answers: Sequence[str], out: Path) -> list[dict[str, Any]]:

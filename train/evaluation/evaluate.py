@@ -138,6 +138,9 @@ def measure(texts: Sequence[str], labels: Sequence[str], answers: Sequence[Predi
         "refused": len(refusals),
         "top_k": metrics.top_k(labels, [each.categories if isinstance(each, Prediction) else () for each in answers]),
         "levels": metrics.upper_levels(labels, predicted),
+        "confidence_by_category": metrics.mean_confidence(
+            [each.category for _, each in given], np.array([each.confidence for _, each in given])
+        ),
         "confusion": metrics.confusion(labels, predicted),
         "calibration": calibration(
             [label for label, _ in given],

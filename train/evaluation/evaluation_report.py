@@ -11,6 +11,8 @@ from aisle.palette import BLUE, GREY
 from aisle.plots import legend, log_axis, percent_axis
 from aisle.report import Page
 
+SHOWN_GROUPS = 40  # of errors, the most frequent
+
 
 def write_report(result: dict[str, Any], path: Path) -> None:
     """Write the page, and its figures beside it as .json.
@@ -229,7 +231,10 @@ def _confusion(page: Page, result: dict[str, Any]) -> None:
     page.heading("Most frequent confusions")
     page.table(
         ["actual", "predicted", "rows", "share of the actual category"],
-        [[each["actual"], each["predicted"], each["rows"], each["share_of_actual"]] for each in result["errors"]],
+        [
+            [each["actual"], each["predicted"], each["rows"], each["share_of_actual"]]
+            for each in result["errors"][:SHOWN_GROUPS]
+        ],
     )
 
 
@@ -264,7 +269,7 @@ def _errors(page: Page, errors: list[dict[str, Any]]) -> None:
         ["actual", "predicted", "confidence", "text"],
         [
             [each["actual"], each["predicted"], example["confidence"], example["text"]]
-            for each in errors
+            for each in errors[:SHOWN_GROUPS]
             for example in each["examples"]
         ],
     )
