@@ -19,6 +19,7 @@ from aisle.deploy.desk import queue
 from aisle.deploy.desk.app import create_app
 from aisle.deploy.desk.desk import Desk, DeskOptions
 from aisle.deploy.desk.jobs import Job
+from aisle.deploy.desk.languages import translations
 from aisle.deploy.desk.pages import models, quality
 from aisle.deploy.desk.store import note
 from aisle.deploy.server.release import Release
@@ -501,10 +502,7 @@ def test_every_sentence_is_translated() -> None:
     said |= {*models.TITLES.values(), *models.EVENTS.values(), *(sentence for _, sentence in models.FIELDS.values())}
     said |= {title for title, _ in quality.SORTS.values()}
     said |= {text for rule in RULES.values() for text in (rule.title, rule.unit)}
-    found: dict[str, str] = {}
-    for name in ("zh.json", "zh-models.json"):
-        path = folder / "languages" / name
-        found |= json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found = translations("zh")
     assert said <= found.keys()
     for text in said:
         assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", found[text])), text
