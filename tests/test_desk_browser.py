@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from aisle.client import Classifier
 from aisle.deploy.desk.store import Store
 from aisle.deploy.desk.users import Users
-from aisle.deploy.server.triton import ServerOptions, free_ports, running
 from aisle.preprocess.tables.table import read_rows
 
 from .desk import RunningDesk, running_desk
+from .test_triton import serving
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")
 CHROMIUM = shutil.which("chromium")
@@ -67,10 +68,11 @@ def place(
     users = Users(folder / "users.json")
     for name in PEOPLE:
         users.set_password(name, PASSWORD)
-    grpc, metrics = free_ports(2)
-    with (base / "log").open("wb") as log, running(ServerOptions(own, grpc_port=grpc, metrics_port=metrics), log):
-        options = ("--repository", own, "--checkpoint", checkpoint, "--data", sample)
-        yield Place(folder, f"localhost:{grpc}", options)
+    process, url = serving(own)
+    threading.Thread(target=process.communicate, daemon=True).start()  # otherwise its log would fill the pipe
+    yield Place(folder, url, ("--repository", own, "--checkpoint", checkpoint, "--data", sample))
+    process.terminate()
+    process.wait(60)
 
 
 def visitor(browser: Browser, desk: RunningDesk, name: str) -> tuple[BrowserContext, Page]:

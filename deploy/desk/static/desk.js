@@ -25,6 +25,16 @@ document.addEventListener("submit", (event) => {
   request.send(file);
 });
 
+// A table that is wider than the screen scrolls, also by keyboard.
+function reachWideTables() {
+  for (const each of document.querySelectorAll(".scroll")) {
+    if (each.scrollWidth > each.clientWidth) each.tabIndex = 0; else each.removeAttribute("tabindex");
+  }
+}
+for (const event of ["DOMContentLoaded", "htmx:afterSettle"]) document.addEventListener(event, reachWideTables);
+addEventListener("resize", reachWideTables);
+addEventListener("load", reachWideTables);
+
 function announce(text) { document.getElementById("announce").textContent = text; }
 
 // If the desk does not answer, say so where the answer would be.
