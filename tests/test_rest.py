@@ -31,7 +31,7 @@ from aisle.deploy.rest.app import create_app
 from aisle.deploy.rest.bodies import LIMIT
 from aisle.deploy.rest.errors import Fault
 from aisle.deploy.rest.front import Limit, Upstream
-from aisle.deploy.rest.models import Answer
+from aisle.deploy.rest.models import Answer, Decided
 from aisle.errors import InputError
 
 from .conftest import Server, aisle, long_text, wait_for
@@ -65,6 +65,16 @@ def test_answers_are_those_of_grpc(rest: RunningFront, server: Server, classifie
         }
 
 
+def test_decisions_are_those_of_grpc(rest: RunningFront, classifier: Classifier) -> None:
+    expected = classifier.classify(TEXTS, 2, decisions=True)
+    wanted = [{name: vars(each)[name] for name in Decided.model_fields} for each in expected]
+    answer = rest.post(CLASSIFY, {"texts": TEXTS, "top_k": 2, "decisions": True})
+    assert answer.body == {"predictions": json.loads(json.dumps(wanted))}
+    lines = "".join(json.dumps(text) + "\n" for text in TEXTS).encode()
+    streamed = rest.post(f"{STREAM}?top_k=2&decisions=true", lines, NDJSON)
+    assert [json.loads(line) for line in streamed.data.splitlines()] == answer.body["predictions"]
+
+
 def test_no_texts_have_no_answers(rest: RunningFront) -> None:
     assert rest.post(CLASSIFY, {"texts": []}).body == {"predictions": []}
 
@@ -90,7 +100,8 @@ GOOD = json.dumps({"texts": ["apple"]}).encode()
         (b"null", JSON, 422, "must be a JSON object"),
         ({}, JSON, 422, "texts: Field required"),
         ({"texts": "apple"}, JSON, 422, "texts: Input should be a valid list"),
-        ({"texts": ["apple"], "topk": 3}, JSON, 422, "unknown field; known are: texts, top_k"),
+        ({"texts": ["apple"], "topk": 3}, JSON, 422, "unknown field; known are: texts, top_k, decisions"),
+        ({"texts": ["apple"], "decisions": "yes"}, JSON, 422, "decisions: "),
         ({"texts": ["apple"], "top_k": "3"}, JSON, 422, "top_k: "),
         ({"texts": ["apple"], "top_k": True}, JSON, 422, "top_k: "),
         ({"texts": ["apple"], "top_k": 0}, JSON, 422, "top_k must be one number from 1 to "),

@@ -100,9 +100,13 @@ def test_the_end_of_the_last_line_is_optional(rest: RunningFront) -> None:
     assert {body: len(lines_of(rest.post(STREAM, body, NDJSON).data)) for body in counts} == counts
 
 
-@pytest.mark.parametrize("top_k", ["x", "1.0", "", "0", "9999", "99999999999", "1&top_k=2"])
-def test_top_k_is_checked_before_the_first_line(rest: RunningFront, top_k: str) -> None:
-    answer = rest.post(f"{STREAM}?top_k={top_k}", b'"a"\n', NDJSON)
+@pytest.mark.parametrize(
+    "query",
+    [f"top_k={each}" for each in ("x", "1.0", "", "0", "9999", "99999999999", "1&top_k=2")]
+    + [f"decisions={each}" for each in ("", "yes", "1", "true&decisions=false")],
+)
+def test_the_query_is_checked_before_the_first_line(rest: RunningFront, query: str) -> None:
+    answer = rest.post(f"{STREAM}?{query}", b'"a"\n', NDJSON)
     assert (answer.status, answer.body["error_type"]) == (422, "Validation")
 
 

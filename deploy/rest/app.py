@@ -17,6 +17,7 @@ from aisle.deploy.rest.bodies import NDJSON, check_query, check_type, read_json
 from aisle.deploy.rest.errors import VALIDATION, Fault, fault_of, fault_of_bug, json_response
 from aisle.deploy.rest.front import Front, Upstream, classify
 from aisle.deploy.rest.models import (
+    DECISIONS,
     TOP_K,
     ClassifyRequest,
     ClassifyResponse,
@@ -24,7 +25,7 @@ from aisle.deploy.rest.models import (
     answer_of,
     checked,
 )
-from aisle.deploy.rest.ndjson import AnswerStream, top_k_of
+from aisle.deploy.rest.ndjson import AnswerStream, wanted_of
 from aisle.deploy.rest.openapi import describe_tokens, faults, takes
 from aisle.deploy.rest.page import add_page
 
@@ -38,12 +39,15 @@ LINES = {  # without a type, since any bytes are lines
     "description": "One JSON value in each line.",
     "example": '"usb c cable 2m"\n{"text": "苹果"}\n',
 }
-QUERY = {
-    "name": "top_k",
-    "in": "query",
-    "description": TOP_K,
-    "schema": {"type": "integer", "minimum": 1, "default": 1},
-}
+QUERY = [
+    {
+        "name": "top_k",
+        "in": "query",
+        "description": TOP_K,
+        "schema": {"type": "integer", "minimum": 1, "default": 1},
+    },
+    {"name": "decisions", "in": "query", "description": DECISIONS, "schema": {"type": "boolean", "default": False}},
+]
 
 
 def create_app(upstream: Upstream) -> FastAPI:
@@ -84,11 +88,11 @@ def _add_classify(app: FastAPI, front: Front) -> None:
         with front.requests.one():
             client = front.client(request)
             body = checked(ClassifyRequest, await read_json(request))
-            found = await classify(client, request, body.texts, body.top_k)
+            found = await classify(client, request, body.texts, body.top_k, decisions=body.decisions)
         return json_response({"predictions": [answer_of(each) for each in found]})
 
     answers = faults({200: {"content": {NDJSON: {"schema": {"type": "string"}}}}})
-    extra = {**takes(LINES, NDJSON), "parameters": [QUERY]}
+    extra = {**takes(LINES, NDJSON), "parameters": QUERY}
 
     @app.post(
         "/v1/classify/stream",
@@ -98,10 +102,10 @@ def _add_classify(app: FastAPI, front: Front) -> None:
         response_class=Response,
     )
     async def classify_lines(request: Request) -> Response:
-        check_query(request, "top_k")
+        check_query(request, "top_k", "decisions")
         check_type(request, NDJSON)
         client, bulk = front.client(request), front.client(request, bulk=True)
-        return AnswerStream(request, client, bulk, top_k_of(request), front.streams)
+        return AnswerStream(request, client, bulk, wanted_of(request), front.streams)
 
 
 def _add_health(app: FastAPI, front: Front) -> None:

@@ -108,7 +108,9 @@ class Front:
         return answer.version
 
 
-async def classify(client: AsyncClassifier, request: Request, texts: list[object], top_k: int) -> list[Prediction]:
+async def classify(
+    client: AsyncClassifier, request: Request, texts: list[object], top_k: int, *, decisions: bool = False
+) -> list[Prediction]:
     """Classify the texts of one request, as one request to the server, in the caller's trace.
 
     Raises:
@@ -121,6 +123,6 @@ async def classify(client: AsyncClassifier, request: Request, texts: list[object
         raise Fault(413, message)
     with continued(request.headers):
         try:
-            return await client.classify(texts, top_k)  # type: ignore[arg-type]
+            return await client.classify(texts, top_k, decisions=decisions)  # type: ignore[arg-type]
         except InvalidText as error:
             raise with_row(error, 0) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from aisle.client import Prediction
 from aisle.deploy.rest.errors import Fault
@@ -13,6 +13,7 @@ Body = TypeVar("Body", bound=BaseModel)
 EXAMPLE: dict[str, Any] = {"texts": ["红富士苹果 5斤装", "usb c cable 2m"], "top_k": 3}
 # What may stand for a text; `aisle.preprocess.values` decides. OpenAPI does not see this from `Any`.
 TEXT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "number"}]}
+DECISIONS = "Also answer what to do with each text: accept, review or unknown. 422 if the model has no decisions."
 TOP_K = "Number of categories for each text, from 1 to the model's number of categories."
 
 
@@ -29,6 +30,7 @@ class ClassifyRequest(BaseModel):
         ),
     ]
     top_k: Annotated[StrictInt, Field(description=TOP_K, json_schema_extra={"minimum": 1})] = 1  # the server checks it
+    decisions: Annotated[StrictBool, Field(description=DECISIONS)] = False
 
 
 class Answer(BaseModel):
@@ -40,20 +42,30 @@ class Answer(BaseModel):
     unknown: Annotated[float, Field(description="Share of the text's tokens that the model does not know.")]
 
 
+class Decided(Answer):
+    """An answer with its decision."""
+
+    decision: Annotated[str, Field(description="accept, review or unknown.")]
+    decided: Annotated[
+        str, Field(description="The accepted category; its parent if only that is sure; otherwise empty.")
+    ]
+    prediction_set: Annotated[list[str], Field(description="Categories, one of which is correct at the fitted rate.")]
+    energy: Annotated[float, Field(description="The higher, the less the text resembles those of known categories.")]
+
+
 def answer_of(prediction: Prediction) -> dict[str, Any]:
-    """Return the fields of `Answer`. A prediction has more, which REST does not ask the server for."""
-    return {
-        "categories": prediction.categories,
-        "confidences": prediction.confidences,
-        "version": prediction.version,
-        "unknown": prediction.unknown,
-    }
+    """Return the fields of `Answer`, or those of `Decided` if decisions were asked for."""
+    fields = ANSWER if prediction.decision is None else DECIDED
+    return {name: getattr(prediction, name) for name in fields}
+
+
+ANSWER, DECIDED = tuple(Answer.model_fields), tuple(Decided.model_fields)
 
 
 class ClassifyResponse(BaseModel):
     """One answer for each text, in the same order."""
 
-    predictions: list[Answer]
+    predictions: list[Decided | Answer]
 
 
 class Health(BaseModel):

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from aisle.client import AsyncClassifier, Failure, Prediction
 from aisle.client.tracing import continued
+from aisle.client.wire import Wanted
 from aisle.deploy.rest.access import WHY
 from aisle.deploy.rest.bodies import NDJSON, SECONDS
 from aisle.deploy.rest.errors import VALIDATION, Fault, fault_of, fault_of_bug
@@ -38,17 +39,19 @@ class AnswerStream(Response):
     media_type = NDJSON
 
     def __init__(
-        self, request: Request, client: AsyncClassifier, bulk: AsyncClassifier, top_k: int, streams: Limit
+        self, request: Request, client: AsyncClassifier, bulk: AsyncClassifier, wanted: Wanted, streams: Limit
     ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._request, self._client, self._bulk = request, client, bulk
-        self._top_k, self._streams = top_k, streams
+        self._wanted, self._streams = wanted, streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._streams.one(), continued(self._request.headers):
-            # The status can tell only what is known before the first line: no server, no token, too few categories.
-            await self._client.classify(["probe"], self._top_k)
+            # The status can tell only what is known before the first line: no server, no token, too few categories, no
+            # decisions.
+            top_k, decisions = self._wanted
+            await self._client.classify(["probe"], top_k, decisions=decisions)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             lines = Lines(receive)
             work = asyncio.create_task(self._answer(lines, scope, send))
@@ -65,7 +68,8 @@ class AnswerStream(Response):
 
     async def _answer(self, lines: Lines, scope: Scope, send: Send) -> None:
         try:
-            async with aclosing(self._bulk.stream(lines, self._top_k)) as answers:
+            top_k, decisions = self._wanted
+            async with aclosing(self._bulk.stream(lines, top_k, decisions=decisions)) as answers:
                 number, waiting = 0, []
                 async for answer in answers:
                     waiting.append(_line(lines.faults.pop(number, answer)))
@@ -170,13 +174,16 @@ async def _send(send: Send, body: bytes, *, more: bool) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def top_k_of(request: Request) -> int:
-    """Return the query parameter `top_k`, 1 by default; the server checks its range.
+def wanted_of(request: Request) -> Wanted:
+    """Return what the query asks for: `top_k`, 1 by default, and `decisions`, off by default. The server checks `top_k`.
 
     Raises:
-        Fault: 422, it is not a whole number.
+        Fault: 422, one of them has another form.
     """
-    value = request.query_params.get("top_k", "1")
-    if not re.fullmatch(r"-?[0-9]{1,10}", value):
+    top_k = request.query_params.get("top_k", "1")
+    if not re.fullmatch(r"-?[0-9]{1,10}", top_k):
         raise Fault(422, "top_k must be a whole number from 1 to the number of categories")
-    return int(value)
+    decisions = request.query_params.get("decisions", "false")
+    if decisions not in ("true", "false"):
+        raise Fault(422, "decisions must be true or false")
+    return Wanted(int(top_k), decisions == "true")
