@@ -175,7 +175,7 @@ async def _send(send: Send, body: bytes, *, more: bool) -> None:
 
 
 def wanted_of(request: Request) -> Wanted:
-    """Return what the query asks for: `top_k`, 1 by default, and `decisions`, off by default. The server checks `top_k`.
+    """Return what the query asks for: `top_k`, 1 by default, whose range the server checks, and `decisions`.
 
     Raises:
         Fault: 422, one of them has another form.
