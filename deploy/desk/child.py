@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-
-from aisle.cli import main
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -15,4 +14,4 @@ if __name__ == "__main__":
     if os.getppid() != int(desk):  # it was killed just before
         sys.exit(1)
     sys.argv = ["aisle", *words]
-    main()
+    runpy.run_module("aisle", run_name="__main__", alter_sys=True)  # as `python -m aisle`
