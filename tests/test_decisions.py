@@ -168,7 +168,7 @@ def test_bounds_of_a_share() -> None:
 
 def test_decisions_by_hand() -> None:
     labels = ["a > x", "a > y", "b"]
-    made = of_names(labels, {"a > x": 0.6, "a > y": 0.9, "a": 0.8}, least_probability=0.2)
+    made = of_names(labels, {"a > x": 0.6, "a > y": 0.9, "a": 0.8}, least_probability=0.19)
     rows = [
         (log(0.7, 0.2, 0.1), ACCEPT, "a > x", 2),
         (log(0.2, 0.7, 0.1), REVIEW, "a", 2),  # sure of the parent only

@@ -18,7 +18,7 @@ from aisle.client import Prediction
 from aisle.deploy.desk import queue
 from aisle.deploy.desk.app import create_app
 from aisle.deploy.desk.desk import Desk, DeskOptions
-from aisle.deploy.desk.jobs import Job
+from aisle.deploy.desk.jobs import TITLES, Job
 from aisle.deploy.desk.languages import translations
 from aisle.deploy.desk.pages import models, quality
 from aisle.deploy.desk.store import note
@@ -457,7 +457,7 @@ def test_the_checkpoint_in_use_follows_rollouts_and_rollbacks(pages: Pages, made
     assert pages.last_command("retrain")[1] == str(new)
     job = pages.desk.jobs.last("retrain")
     assert job
-    pages.desk.jobs.cancel(job.id)
+    pages.desk.jobs.cancel(job.id, "li")
 
     for live, previous, checkpoint in ((1, 2, old), (2, 1, new), (1, 2, old)):
         pages.done("rollback", rolled_out(live, previous))
@@ -499,7 +499,7 @@ def test_every_sentence_is_translated() -> None:
     for name in ("quality", "models"):
         said |= set(re.findall(r'Problem\(\s*"([^"]+)"', (folder / "pages" / f"{name}.py").read_text("utf-8")))
     said |= set(re.findall(r'translate\("([^"]+)"', (folder / "charts.py").read_text("utf-8")))
-    said |= {*models.TITLES.values(), *models.EVENTS.values(), *(sentence for _, sentence in models.FIELDS.values())}
+    said |= {*TITLES.values(), *models.EVENTS.values(), *(sentence for _, sentence in models.FIELDS.values())}
     said |= {title for title, _ in quality.SORTS.values()}
     said |= {text for rule in RULES.values() for text in (rule.title, rule.unit)}
     found = translations("zh")

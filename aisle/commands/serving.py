@@ -174,7 +174,7 @@ def desk(
 def desk_user(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The person's name.")],
     folder: Folder = Path("work/desk"),
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the person, who is logged out at once.")] = False,
+    remove: Annotated[bool, typer.Option(help="Remove the person, who is logged out at once.")] = False,
     as_json: Json = False,
 ) -> None:
     """Add a person to the desk, or change a password. It is asked for, or read from standard input."""

@@ -25,6 +25,7 @@ def create_app(desk: Desk) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        files.clean_up(desk)
         desk.jobs.start()
         yield
         desk.jobs.stop()

@@ -6,7 +6,7 @@ import secrets
 import threading
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 import aisle
+from aisle.build.repository import read_report
 from aisle.client import Classifier
 from aisle.deploy.desk import languages, queue
 from aisle.deploy.desk.errors import Problem
-from aisle.deploy.desk.jobs import Jobs
+from aisle.deploy.desk.jobs import TITLES, Jobs
 from aisle.deploy.desk.store import Store, set_setting, setting
-from aisle.deploy.desk.users import Users
+from aisle.deploy.desk.users import NOBODY, Users
+from aisle.deploy.server.release import Release
 from aisle.errors import InputError
+from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.evaluation.predictors import MOST_CATEGORIES, largest_top_k
 
 CHECKPOINT = "checkpoint"  # setting: the checkpoint that the live version was made from
-NOBODY = "local"  # who works where no login is needed
 PAGES = (("/", "Try"), ("/files", "Files"), ("/review", "Review"), ("/quality", "Quality"), ("/models", "Models"))
 
 
@@ -68,6 +70,7 @@ class Desk:
         self.options = options
         try:
             options.folder.mkdir(parents=True, exist_ok=True)
+            options.folder.chmod(0o700)
             self.secret = _secret(options.folder / "secret")
         except OSError as error:
             raise InputError(f"cannot write to {options.folder}: {error.strerror}; choose another --folder") from None
@@ -118,10 +121,14 @@ class Desk:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint in use: the last one that was rolled out from here, or the one that the desk started with."""
+        """The checkpoint that the live version was made from; if none is known to be, the last that was rolled out."""
         with self.store.read() as db:
             kept = setting(db, CHECKPOINT)
-        return Path(kept) if kept else self.options.checkpoint
+        last = Path(kept) if kept else self.options.checkpoint
+        live = _checkpoint_of_live_version(self.options.repository)
+        made = sorted((self.options.folder.resolve() / "checkpoints").glob("*"))
+        known = (each for each in (last, self.options.checkpoint, *made) if each)
+        return next((each for each in known if live and _fingerprint(each) == live), last)
 
     def set_checkpoint(self, db: Any, checkpoint: str) -> None:
         set_setting(db, CHECKPOINT, checkpoint)
@@ -146,6 +153,7 @@ class Desk:
             "language": language,
             "languages": languages.NAMES,
             "pages": PAGES,
+            "titles": TITLES,
             "path": request.url.path,
             "person": self.person(request),
             "login": self.login,
@@ -160,6 +168,29 @@ class Desk:
         sentence = languages.translate(self.language(request), problem.text, **problem.values)
         template = "_problem.html" if request.headers.get("hx-request") else "problem.html"
         return self.render(request, template, problem.status, sentence=sentence)
+
+
+def _checkpoint_of_live_version(repository: Path) -> str:
+    """Return the fingerprint of the checkpoint that the live version was built from; empty if that is not known."""
+    try:
+        return str(read_report(repository, Release.load(repository).live).get("checkpoint", ""))
+    except InputError:
+        return ""
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Return a checkpoint's fingerprint; empty if it is none."""
+    try:
+        changed = (checkpoint / "model.safetensors").stat().st_mtime_ns
+        return _fingerprint_at(checkpoint, changed)
+    except (OSError, InputError):
+        return ""
+
+
+@lru_cache(maxsize=64)
+def _fingerprint_at(checkpoint: Path, changed: int) -> str:
+    """Return the fingerprint of a checkpoint as it was at a time: it takes a second for a large one."""
+    return Checkpoint(checkpoint).fingerprint
 
 
 def _secret(path: Path) -> str:

@@ -6,6 +6,7 @@ import sqlite3
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from aisle.client import ClassifierError, Overloaded, Unavailable
 from aisle.console import say
@@ -37,7 +38,9 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         text = "This page does not exist." if error.status_code == 404 else "{detail}"
         return Problem(text, error.status_code, detail=error.detail)
-    if isinstance(error, RequestValidationError):  # a part of the address is no number
+    if isinstance(error, ClientDisconnect):
+        return Problem("The upload broke off. Try again.", 400)
+    if isinstance(error, (RequestValidationError, OverflowError)):  # a part of the address is no number of ours
         return Problem("This page does not exist.", 404)
     if isinstance(error, (sqlite3.Error, OSError)):
         return Problem("The desk cannot write: {detail}", 507, detail=str(error))

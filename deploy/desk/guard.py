@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from fastapi import APIRouter, FastAPI
@@ -16,7 +18,7 @@ from starlette.responses import RedirectResponse, Response
 from aisle.deploy.desk import languages
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem, problem_of
-from aisle.deploy.desk.store import note
+from aisle.deploy.desk.store import note, set_setting, setting
 
 SESSION_SECONDS = 12 * 3600
 FORM_BYTES = 256 * 1024
@@ -94,8 +96,8 @@ def _refusal(desk: Desk, request: Request) -> Response | None:
     if "csrf" not in session:
         session["csrf"] = secrets.token_urlsafe(24)
     person = session.get("person")
-    if person is not None and desk.users.stamp(person) != session.get("stamp"):
-        session.pop("person")  # removed, or the password has changed
+    if person is not None and _is_over(desk, person, session):
+        session.pop("person")
         person = None
     if request.method not in SAFE:
         origin = request.headers.get("origin")
@@ -104,12 +106,26 @@ def _refusal(desk: Desk, request: Request) -> Response | None:
         if (origin and urlsplit(origin).netloc != own) or not hmac.compare_digest(
             token.encode(), session["csrf"].encode()
         ):
-            raise Problem("The page is too old. Load it again.", 403)
+            return Response(status_code=403, headers={"HX-Refresh": "true"})  # the session is over, or not ours
     if desk.login and person is None and request.url.path not in OPEN:
         if request.headers.get("hx-request") or request.method not in SAFE:
             return Response(status_code=401, headers={"HX-Redirect": "/login"})
+        session["next"] = request.url.path
         return RedirectResponse("/login", 303)
     return None
+
+
+def _is_over(desk: Desk, person: str, session: dict[str, Any]) -> bool:
+    """Return whether a session has ended: the person is removed, has another password, or has logged out since."""
+    if desk.users.stamp(person) != session.get("stamp"):
+        return True
+    with desk.store.read() as db:
+        ended = float(setting(db, _logged_out(person)) or 0)
+    return ended >= float(session["since"])
+
+
+def _logged_out(person: str) -> str:
+    return f"logged out: {person}"
 
 
 def _routes(desk: Desk) -> APIRouter:
@@ -123,23 +139,28 @@ def _routes(desk: Desk) -> APIRouter:
     async def log_in(request: Request) -> Response:
         fields = await form(request)
         name, password = field(fields, "name").strip(), field(fields, "password")
-        wait = desk.users.seconds_to_wait(name)
+        wait = desk.users.begin_try(name)
         if wait:
             raise Problem("Too many wrong passwords. Try again in {seconds} seconds.", 429, seconds=round(wait) + 1)
         if not await run_in_threadpool(desk.users.check, name, password):
-            desk.users.note_wrong(name)
             raise Problem("The name or the password is wrong.", 403)
-        language = request.session.get("language")
+        desk.users.forget_tries(name)
+        language, following = request.session.get("language"), request.session.get("next", "/")
         request.session.clear()  # a new session, which nobody else can have prepared
-        request.session.update(person=name, stamp=desk.users.stamp(name), csrf=secrets.token_urlsafe(24))
+        request.session.update(
+            person=name, stamp=desk.users.stamp(name), since=time.time(), csrf=secrets.token_urlsafe(24)
+        )
         if language:
             request.session["language"] = language
         with desk.store.write() as db:
             note(db, name, "login")
-        return Response(headers={"HX-Redirect": "/"})
+        return Response(headers={"HX-Redirect": following})
 
     @router.post("/logout")
     def log_out(request: Request) -> Response:
+        """End all sessions of the person, also those of a stolen cookie."""
+        with desk.store.write() as db:
+            set_setting(db, _logged_out(desk.person(request)), str(time.time()))
         request.session.clear()
         return Response(headers={"HX-Redirect": "/login"})
 

@@ -25,6 +25,15 @@ LANES: dict[str, tuple[str, ...]] = {
     "models": ("retrain", "evaluate", "drift", "doubtful"),
     "rollouts": ("deploy", "rollback"),
 }
+TITLES = {
+    "classify": "Classifying",
+    "retrain": "Retraining",
+    "deploy": "Rollout",
+    "rollback": "Rollback",
+    "evaluate": "Measuring",
+    "drift": "Looking for drift",
+    "doubtful": "Looking for wrong labels",
+}
 # These start again when the desk was killed: the command resumes. A rollout does not: a person decides that.
 RESUMABLE = ("classify", "retrain", "evaluate", "drift", "doubtful")
 
@@ -55,6 +64,8 @@ class Job:
 Write = Callable[[sqlite3.Connection], None]
 # Reads what a job made; it may add to the results.
 Finish = Callable[[Job, Results], Write]
+# Returns a further command, which depends on the results so far. If that fails, the job is done all the same.
+Follow = Callable[[Job, Results], list[str]]
 
 
 class Jobs:
@@ -64,6 +75,7 @@ class Jobs:
         """`folder` gets the output and progress of each job."""
         self._store, self._folder = store, folder
         self._finish: dict[str, Finish] = {}
+        self._follow: dict[str, Follow] = {}
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
@@ -73,6 +85,10 @@ class Jobs:
     def on_finish(self, kind: str, finish: Finish) -> None:
         """Have a function called when a job of this kind is done."""
         self._finish[kind] = finish
+
+    def on_results(self, kind: str, follow: Follow) -> None:
+        """Have a further command run once the commands of a job of this kind are done. `[]` is no command."""
+        self._follow[kind] = follow
 
     def add(self, db: sqlite3.Connection, kind: str, commands: list[list[str]], person: str, **detail: Any) -> int:
         """Add a job to those that wait; return its number."""
@@ -107,14 +123,18 @@ class Jobs:
         for thread in self._threads:
             thread.join()
 
-    def cancel(self, job: int) -> None:
-        """Stop a job for good."""
+    def cancel(self, job: int, person: str) -> None:
+        """Stop a job for good. One that has ended stays as it is."""
         with self._store.write() as db:
-            db.execute(
-                "UPDATE jobs SET state = 'stopped', ended = ? WHERE id = ? AND state = 'waiting'", (time.time(), job)
-            )
-        if process := self._running.get(job):
+            row = db.execute("SELECT state FROM jobs WHERE id = ?", (job,)).fetchone()
+            if row is None or row["state"] not in ("waiting", "running"):
+                return
+            note(db, person, "stop", job=job)
+            if row["state"] == "waiting":
+                _end(db, job, "stopped")
+                return
             self._cancelled.add(job)
+        if process := self._running.get(job):
             process.terminate()
 
     def get(self, job: int) -> Job | None:
@@ -168,24 +188,36 @@ class Jobs:
             folder.mkdir(parents=True, exist_ok=True)
             for words in job.commands:
                 code, answer = self._run_command(job.id, words, folder)
-                if self._stopping.is_set() and code:
-                    self._put_back(job)
-                    return
-                if job.id in self._cancelled:
-                    self._end(job.id, "stopped")
-                    return
                 if code:
-                    self._end(job.id, "failed", error=_last_line(folder / "stderr"))
+                    self._give_up(job, _last_line(folder / "stderr"))
                     return
                 results.append(answer)
+            if (follow := self._follow.get(job.kind)) and (words := follow(job, results)):
+                code, answer = self._run_command(job.id, words, folder)
+                results.append({"error": _last_line(folder / "stderr")} if code else answer)
             finish = self._finish.get(job.kind)
             write = finish(job, results) if finish else None
+            if job.id in self._cancelled or self._stopping.is_set():
+                self._give_up(job, "")
+                return
             with self._store.write() as db:
                 if write:
                     write(db)
                 _end(db, job.id, "done", results=results)
         except Exception as error:  # whatever it is, the job ends with it and the lane goes on
             self._end(job.id, "failed", error=f"{type(error).__name__}: {error}")
+
+    def _give_up(self, job: Job, why: str) -> None:
+        """End a job that was stopped or has failed, or put it back if the desk stops."""
+        if job.id in self._cancelled:
+            self._end(job.id, "stopped")
+        elif not self._stopping.is_set():
+            self._end(job.id, "failed", error=why)
+        elif job.kind in RESUMABLE:
+            with self._store.write() as db:
+                db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ?", (job.id,))
+        else:
+            self._end(job.id, "failed", error="the desk was stopped while this ran; see which version is live")
 
     def _run_command(self, job: int, words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
         """Run one command; return its exit code and its JSON."""
@@ -202,19 +234,12 @@ class Jobs:
             )
             self._running[job] = process
             try:
-                if self._stopping.is_set():
+                if self._stopping.is_set() or job in self._cancelled:
                     process.terminate()
                 code = _wait(process, self._stopping)
             finally:
                 del self._running[job]
         return code, {} if code else json.loads((folder / "stdout").read_text("utf-8"))
-
-    def _put_back(self, job: Job) -> None:
-        if job.kind in RESUMABLE:
-            with self._store.write() as db:
-                db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ?", (job.id,))
-        else:
-            self._end(job.id, "failed", error="the desk was stopped while this ran")
 
     def _end(self, job: int, state: State, **values: Any) -> None:
         with self._store.write() as db:

@@ -19,7 +19,9 @@ NAME = re.compile(r"[\w.@-]{1,64}")
 SHORTEST_PASSWORD = 10
 # scrypt (RFC 7914): 16 MiB and some 50 ms for each password.
 COST: dict[str, int] = {"n": 2**14, "r": 8, "p": 1}
+HASHES = 2  # at a time, so that many logins do not keep others from working
 TRIES, TRY_SECONDS = 5, 60.0  # wrong passwords of one name within this time
+NOBODY = "local"  # who works where no login is needed
 
 
 class Users:
@@ -29,8 +31,9 @@ class Users:
         self._path = path
         self._read_at: tuple[int, int] | None = None
         self._users: dict[str, str] = {}
-        self._wrong: dict[str, list[float]] = {}
+        self._tries: dict[str, list[float]] = {}
         self._lock = threading.Lock()
+        self._hashing = threading.Semaphore(HASHES)
 
     def names(self) -> list[str]:
         return sorted(self._load())
@@ -41,7 +44,7 @@ class Users:
         Raises:
             InputError: the name or the password cannot be used.
         """
-        if not NAME.fullmatch(name):
+        if not NAME.fullmatch(name) or name == NOBODY:
             raise InputError(f"{name!r} is no name for a person; use letters, digits, and . _ @ -")
         if len(password) < SHORTEST_PASSWORD:
             raise InputError(f"the password is too short; use {SHORTEST_PASSWORD} characters or more")
@@ -62,20 +65,25 @@ class Users:
         """Return whether the password is right. An unknown name takes as long as a wrong password."""
         kept = self._load().get(name, _NOBODY)
         salt, expected = kept.split("$")
-        return hmac.compare_digest(_derive(password, bytes.fromhex(salt)), expected)
+        with self._hashing:
+            return hmac.compare_digest(_derive(password, bytes.fromhex(salt)), expected)
 
-    def seconds_to_wait(self, name: str) -> float:
-        """Return how long this name must wait after too many wrong passwords; otherwise 0."""
-        with self._lock:
-            tries = [at for at in self._wrong.get(name, ()) if time.monotonic() - at < TRY_SECONDS]
-            return TRY_SECONDS - (time.monotonic() - tries[0]) if len(tries) >= TRIES else 0.0
-
-    def note_wrong(self, name: str) -> None:
+    def begin_try(self, name: str) -> float:
+        """Count a try of a password; return how long this name must wait after too many, otherwise 0."""
         with self._lock:
             now = time.monotonic()
             # Names that nobody tries any more are dropped, so that strangers cannot fill the memory.
-            self._wrong = {each: at for each, at in self._wrong.items() if now - at[-1] < TRY_SECONDS}
-            self._wrong[name] = [*self._wrong.get(name, ())[-TRIES + 1 :], now]
+            self._tries = {each: at for each, at in self._tries.items() if now - at[-1] < TRY_SECONDS}
+            tries = [at for at in self._tries.get(name, ()) if now - at < TRY_SECONDS]
+            if len(tries) >= TRIES:
+                return TRY_SECONDS - (now - tries[0])
+            self._tries[name] = [*tries, now]
+            return 0.0
+
+    def forget_tries(self, name: str) -> None:
+        """Start to count anew, after the right password."""
+        with self._lock:
+            self._tries.pop(name, None)
 
     def stamp(self, name: str) -> str | None:
         """Return a mark that changes with the password; None if there is no such person. Sessions hold it."""

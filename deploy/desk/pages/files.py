@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from aisle.deploy.desk.guard import field, form
 from aisle.deploy.desk.jobs import Job, Results, Write
 from aisle.deploy.desk.store import note
 from aisle.errors import InputError
-from aisle.preprocess.tables.opening import kind_of_name
+from aisle.preprocess.tables.opening import READING, Reading, kind_of_name
 from aisle.preprocess.tables.table import FaultyRow, read_rows
 
 LARGEST = 1024  # MiB of an upload
-SHOWN_ROWS = 5
+LONGEST_NAME = 120  # characters
+SHOWN_ROWS, LOOKED_AT = 5, 1000  # rows of the preview; rows whose columns can be chosen
 SHOWN_ERRORS = 100
 MOST_REVIEWED = 5000
 COMPRESSED = (".gz", ".bz2", ".zst", ".zip")
@@ -37,6 +39,7 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 
 def routes(desk: Desk) -> APIRouter:
     router = APIRouter(prefix="/files")
+    desk.jobs.on_results("classify", lambda job, results: _review(desk, job, results))
     desk.jobs.on_finish("classify", lambda job, results: _finish(desk, job, results))
 
     @router.get("")
@@ -44,13 +47,13 @@ def routes(desk: Desk) -> APIRouter:
         with desk.store.read() as db:
             rows = db.execute(
                 "SELECT files.*, jobs.state FROM files LEFT JOIN jobs ON jobs.id = files.job "
-                "ORDER BY files.id DESC LIMIT 100"
+                "ORDER BY files.id DESC LIMIT 1000"
             ).fetchall()
         return desk.render(request, "files.html", files=rows, largest=LARGEST)
 
     @router.post("")
     async def upload(request: Request) -> Response:
-        name = Path(request.query_params.get("name", "").replace("\\", "/")).name
+        name = Path(request.query_params.get("name", "").replace("\\", "/")).name[-LONGEST_NAME:]
         if kind_of_name(name) is None:
             raise Problem(
                 "{name}: this is no table that can be read. Give CSV, TSV, JSONL, Parquet or .xlsx.", name=name
@@ -62,9 +65,11 @@ def routes(desk: Desk) -> APIRouter:
     def show_file(request: Request, file: int) -> Response:
         row = _get(desk, file)
         job = desk.jobs.get(row["job"]) if row["job"] else None
+        if job and job.error:
+            job = replace(job, error=_own_name(job.error, row))
         values: dict[str, Any] = {"file": row, "job": job, "progress": desk.jobs.progress(job.id) if job else {}}
-        if job is None:
-            values |= {"preview": _preview(desk, row), "formats": FORMATS, "format": _own_format(row["name"])}
+        if job is None or job.state in ("failed", "stopped"):
+            values |= {"preview": _preview(row), "formats": FORMATS, "format": _own_format(row["name"])}
         elif job.results:
             values["summary"] = job.results[-1]
         return desk.render(request, "file.html", **values)
@@ -81,7 +86,7 @@ def routes(desk: Desk) -> APIRouter:
         if not row["output"] or not Path(row["output"]).exists():
             raise Problem("There is no result yet.", 404)
         out = Path(row["output"])
-        stem = row["name"].partition(".")[0] or "table"
+        stem = row["name"].removesuffix(_endings(row["name"])) or "table"
         return FileResponse(out, filename=f"{stem}-classified{out.suffix}")
 
     @router.post("/{file}/delete")
@@ -150,11 +155,15 @@ def _own_format(name: str) -> str:
     return next((each for each in reversed(endings) if each in FORMATS), ".csv")
 
 
-def _get(desk: Desk, file: int) -> Any:
+def _get(desk: Desk, file: int) -> dict[str, Any]:
+    """Return a file's row. Its paths are in the desk's folder as it is now, which may have been moved."""
     with desk.store.read() as db:
-        row = db.execute("SELECT * FROM files WHERE id = ? AND source != ''", (file,)).fetchone()
-    if row is None:
+        found = db.execute("SELECT * FROM files WHERE id = ? AND source != ''", (file,)).fetchone()
+    if found is None:
         raise Problem("This file does not exist.", 404)
+    row = dict(found)
+    for name in ("source", "output"):
+        row[name] = str(_folder(desk, file) / Path(row[name]).name) if row[name] else row[name]
     return row
 
 
@@ -162,22 +171,51 @@ def _folder(desk: Desk, file: int) -> Path:
     return desk.options.folder / "files" / str(file)
 
 
-def _preview(desk: Desk, row: Any) -> dict[str, Any]:
-    """Return the first rows of a table, or why it cannot be read."""
+def _preview(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the first rows of a table, or why it cannot be read. A table in another encoding is read in that one."""
+    encoding = ""
     try:
-        rows = list(islice(read_rows(Path(row["source"])), SHOWN_ROWS))
+        rows = _first_rows(row, encoding)
     except InputError as error:
-        return {"error": _own_name(str(error), row)}
+        found = re.search(r"--encoding ([\w-]+)", str(error))
+        try:
+            rows = _first_rows(row, encoding := found[1]) if found else []
+        except InputError:
+            found = None
+        if not found:
+            return {"error": _own_name(str(error), row)}
     columns = list(dict.fromkeys(name for each in rows for name in each))
     if not columns:
         return {"error": f"{row['name']}: it has no rows"}
-    cells = [[str(each.get(name) if each.get(name) is not None else "")[:200] for name in columns] for each in rows]
-    return {"columns": columns, "rows": cells, "likely": _likely(columns, rows)}
+    cells = [[_shown(each.get(name)) for name in columns] for each in rows[:SHOWN_ROWS]]
+    names = [_shown(name) for name in columns]
+    likely = _likely(columns, rows)
+    return {"columns": columns, "names": names, "rows": cells, "likely": likely, "encoding": encoding}
 
 
-def _own_name(message: str, row: Any) -> str:
-    """Return a message with the name that the person knows in place of the desk's."""
-    return message.replace(row["source"], row["name"])
+def _first_rows(row: dict[str, Any], encoding: str) -> list[Any]:
+    """Return the first rows of a table in an encoding; "" for its own.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    token = READING.set(Reading(encoding=encoding))
+    try:
+        return list(islice(read_rows(Path(row["source"])), LOOKED_AT))
+    finally:
+        READING.reset(token)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a cell. Half of a pair of surrogates, which JSON can hold, cannot be sent."""
+    return str("" if value is None else value)[:200].encode("utf-8", "replace").decode()
+
+
+def _own_name(message: str, row: dict[str, Any]) -> str:
+    """Return a message with the name that the person knows in place of the desk's paths."""
+    for path in filter(None, (row["source"], row["output"])):
+        message = message.replace(path, row["name"])
+    return message
 
 
 def _likely(columns: list[str], rows: list[dict[str, Any]]) -> str:
@@ -190,49 +228,87 @@ def _start(desk: Desk, request: Request, file: int, fields: dict[str, list[str]]
     """Add the job that classifies a file.
 
     Raises:
-        Problem: it is running already, or a field is wrong.
+        Problem: it is running or done, or a field is wrong.
     """
     row = _get(desk, file)
-    column, ending = field(fields, "column"), field(fields, "format")
+    ending, preview = field(fields, "format"), _preview(row)
     if ending not in FORMATS:
         raise Problem("Choose a format for the result.")
-    if column not in _preview(desk, row).get("columns", ()):
-        raise Problem("The table has no column {name}.", name=column)
-    try:
-        reviewed = int(field(fields, "reviewed") or 0)
-    except ValueError:
-        reviewed = -1
-    if not 0 <= reviewed <= MOST_REVIEWED:
-        raise Problem("Give a number of texts from 0 to {most}.", most=MOST_REVIEWED)
-    source, out = Path(row["source"]), _folder(desk, file) / f"result{ending}"
-    chosen = _folder(desk, file) / "review.jsonl"
-    commands = [
-        ["classify", str(source), "-o", str(out), "--text-column", column, "--top-k", "2", "--url", desk.options.url]
-    ]
-    if reviewed:
-        commands.append(["review", str(out), "-o", str(chosen), "--rows", str(reviewed), "--text-column", column])
+    column = _column(preview.get("columns", []), field(fields, "column"))
+    reviewed = _reviewed(fields)
+    folder = _folder(desk, file)
+    out = folder / f"result{ending}"
+    words = ["classify", row["source"], "-o", str(out), "--text-column", column, "--top-k", "2"]
+    words += ["--url", desk.options.url]
+    if preview["encoding"]:
+        words += ["--encoding", preview["encoding"]]
     with desk.store.write() as db:
-        if db.execute("SELECT job FROM files WHERE id = ?", (file,)).fetchone()["job"] is not None:
+        before = db.execute("SELECT job FROM files WHERE id = ?", (file,)).fetchone()["job"]
+        if before is not None and (job := desk.jobs.get(before)) and (job.active or job.state == "done"):
             raise Problem("This file is being classified already.", 409)
-        job = desk.jobs.add(db, "classify", commands, desk.person(request), file=row["name"])
-        values = job, column, str(out), file
+        if (column, str(out)) != (row["text_column"], row["output"]):  # else it resumes
+            for each in folder.glob("result*"):
+                each.unlink()
+        detail = {"file": row["name"], "number": file, "reviewed": reviewed}
+        added = desk.jobs.add(db, "classify", [words], desk.person(request), **detail)
+        values = added, column, str(out), file
         db.execute("UPDATE files SET job = ?, text_column = ?, output = ? WHERE id = ?", values)
+
+
+def _column(columns: list[str], number: str) -> str:
+    """Return the column with a number: a browser would change spaces and line breaks in a name.
+
+    Raises:
+        Problem: there is none.
+    """
+    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) >= len(columns):
+        raise Problem("The table has no column {name}.", name=number)
+    return columns[int(number)]
+
+
+def _reviewed(fields: dict[str, list[str]]) -> int:
+    """Return how many texts are to be reviewed.
+
+    Raises:
+        Problem: it is no number, or too large.
+    """
+    wanted = field(fields, "reviewed") or "0"
+    if not re.fullmatch(r"[0-9]{1,9}", wanted) or int(wanted) > MOST_REVIEWED:
+        raise Problem("Give a number of texts from 0 to {most}.", most=MOST_REVIEWED)
+    return int(wanted)
+
+
+def _review(desk: Desk, job: Job, results: Results) -> list[str]:
+    """Return the command that chooses the texts to review from the result."""
+    if not job.detail["reviewed"]:
+        return []
+    row = _get(desk, job.detail["number"])
+    column = results[0]["renamed"].get(row["text_column"], row["text_column"])
+    chosen = str(_folder(desk, row["id"]) / "review.jsonl")
+    return ["review", row["output"], "-o", chosen, "--rows", str(job.detail["reviewed"]), "--text-column", column]
 
 
 def _finish(desk: Desk, job: Job, results: Results) -> Write:
     """Count what was classified, and put the chosen texts into the review queue."""
-    with desk.store.read() as db:
-        row = db.execute("SELECT * FROM files WHERE job = ?", (job.id,)).fetchone()
-    renamed = results[0]["renamed"]
-    results.append(summary(read_rows(Path(row["output"])), renamed.get(row["text_column"], row["text_column"])))
+    row = _get(desk, job.detail["number"])
     chosen = _folder(desk, row["id"]) / "review.jsonl"
-    rows = list(read_rows(chosen)) if len(job.commands) > 1 else []
+    rows = list(read_rows(chosen)) if len(results) > 1 and "error" not in results[1] else []
+    column = results[0]["renamed"].get(row["text_column"], row["text_column"])
+    results.append(summary(read_rows(Path(row["output"])), column))
 
     def write(db: Any) -> None:
         queued = queue.add(db, row["id"], rows)
         db.execute("UPDATE files SET queued = ? WHERE id = ?", (queued, row["id"]))
 
     return write
+
+
+def clean_up(desk: Desk) -> None:
+    """Remove the uploads that were under way when the desk was killed."""
+    with desk.store.write() as db:
+        for row in db.execute("SELECT id FROM files WHERE source = ''").fetchall():
+            shutil.rmtree(_folder(desk, row["id"]), ignore_errors=True)
+        db.execute("DELETE FROM files WHERE source = ''")
 
 
 def summary(rows: Iterator[Any], text_column: str) -> dict[str, Any]:
@@ -246,7 +322,7 @@ def summary(rows: Iterator[Any], text_column: str) -> dict[str, Any]:
         if error := row.fault if isinstance(row, FaultyRow) else row.get("error"):
             failed += 1
             if len(errors) < SHOWN_ERRORS:
-                errors.append({"row": number, "text": str(row.get(text_column) or "")[:200], "error": str(error)})
+                errors.append({"row": number, "text": _shown(row.get(text_column)), "error": str(error)})
             continue
         categories[str(row["category"])] += 1
         if row.get("decision"):

@@ -7,7 +7,6 @@ from starlette.responses import Response
 
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem
-from aisle.deploy.desk.store import note
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -26,9 +25,7 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post("/jobs/{job}/stop")
     def stop(request: Request, job: int) -> Response:
-        with desk.store.write() as db:
-            note(db, desk.person(request), "stop", job=job)
-        desk.jobs.cancel(job)
+        desk.jobs.cancel(job, desk.person(request))
         return state(request, job)
 
     return router

@@ -35,14 +35,6 @@ FIELDS = {
     "canary": (100, "Give 0 to {most} percent for the share of the canary."),
     "canary_seconds": (LONGEST, "Give 0 to {most} seconds for the canary."),
 }
-TITLES = {
-    "retrain": "Retraining",
-    "deploy": "Rollout",
-    "rollback": "Rollback",
-    "evaluate": "Measuring",
-    "drift": "Looking for drift",
-    "doubtful": "Looking for wrong labels",
-}
 # What each event says. What is unknown here is shown by its name.
 EVENTS = {
     "login": "logged in",
@@ -240,7 +232,6 @@ def _page(desk: Desk) -> dict[str, Any]:
     result: dict[str, Any] = made.results[0] if made and made.results else {}
     return {
         **values,
-        "titles": TITLES,
         "job": job,
         "progress": desk.jobs.progress(job.id) if job else {},
         "checkpoint": desk.checkpoint,

@@ -19,7 +19,7 @@ from aisle.deploy.desk.charts import Translate, calibration_chart, course_chart
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.jobs import Results, Write
-from aisle.deploy.desk.pages.models import TITLES, columns, refuse_second, sources
+from aisle.deploy.desk.pages.models import columns, refuse_second, sources
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 
@@ -147,7 +147,6 @@ def _page(desk: Desk, sort: str) -> dict[str, Any]:
     last = [desk.jobs.last(kind) for kind in done]
     shown = [job for job in last if job and job.state != "done"]
     values: dict[str, Any] = {
-        "titles": TITLES,
         "checkpoint": desk.checkpoint,
         "jobs": [{"job": job, "progress": desk.jobs.progress(job.id)} for job in shown],
         "done": done,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -23,7 +23,7 @@ MOST_WORDS = 128  # leaving words out is one request for each
 
 def routes(desk: Desk) -> APIRouter:
     router = APIRouter()
-    explaining = threading.Lock()  # one text is explained at a time: it takes as many calls as the text has words
+    explaining = asyncio.Lock()  # one text is explained at a time: it takes as many calls as the text has words
 
     @router.get("/")
     def show(request: Request) -> Response:
@@ -39,12 +39,11 @@ def routes(desk: Desk) -> APIRouter:
     async def why(request: Request) -> Response:
         """Which words decided. This comes after the answer, because it takes longer."""
         text = field(await form(request), "text")
-
-        def explain() -> list[tuple[str, str]]:
-            with explaining:
-                return words_that_decided(desk, text)
-
-        return desk.render(request, "_why.html", pieces=await run_in_threadpool(explain))
+        async with explaining:
+            if await request.is_disconnected():
+                return Response(status_code=204)
+            pieces = await run_in_threadpool(words_that_decided, desk, text)
+        return desk.render(request, "_why.html", pieces=pieces)
 
     return router
 

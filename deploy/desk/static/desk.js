@@ -37,10 +37,15 @@ addEventListener("load", reachWideTables);
 
 function announce(text) { document.getElementById("announce").textContent = text; }
 
-// If the desk does not answer, say so where the answer would be.
-document.addEventListener("htmx:sendError", () => {
-  announce(document.documentElement.lang === "zh" ? "工作台没有响应" : "The desk does not answer.");
-});
+// If the desk does not answer, say so.
+function showLost(lost) {
+  const line = document.getElementById("lost");
+  line.textContent = lost ? line.dataset.said : "";
+  line.hidden = !lost;
+  if (lost) line.scrollIntoView({ block: "nearest" });
+}
+document.addEventListener("htmx:sendError", () => showLost(true));
+document.addEventListener("htmx:beforeOnLoad", () => showLost(false));
 
 document.addEventListener("htmx:afterSwap", (event) => {
   const spoken = event.detail.target.querySelector?.("[data-announce]");
