@@ -74,11 +74,12 @@ def visit(page: Page, url: str, table: Path, out: Path) -> None:
     for _ in range(12):
         page.locator("#review mark").first.wait_for()
         keep("review")
+        page.wait_for_timeout(300)  # the page ignores keys at first, so that a double press labels one text
         page.keyboard.press("2")
         page.locator("#review .good").wait_for()
     page.goto(f"{url}/quality")
     page.get_by_role("button", name="Measure").click()
-    page.locator(".confusion").wait_for()
+    page.get_by_role("heading", name="Confusions").wait_for()
     keep("quality")
     page.goto(f"{url}/models")
     keep("models")

@@ -85,6 +85,7 @@ def test_who_logs_in_goes_on_with_the_page(guarded: DeskClient) -> None:
 
 
 def test_wrong_passwords_are_refused_and_then_slowed_down(guarded: DeskClient) -> None:
+    assert guarded.token  # all requests belong to one session
     for name in ("李雷", "nobody"):
         with ThreadPoolExecutor(4) as pool:  # many at a time are no more than one after the other
             tries = [pool.submit(guarded.act, "/login", name=name, password="wrong password") for _ in range(2 * TRIES)]
@@ -375,7 +376,8 @@ def test_a_desk_that_is_killed_loses_no_row(server: Server, tmp_path: Path) -> N
     folder, texts = tmp_path / "desk", [f"killed desk {i} 苹果" for i in range(2000)]
     with running_desk(folder, server.url) as desk:
         store = Store(folder / "desk.sqlite")
-        source, out = tmp_path / "a.csv", tmp_path / "b.csv"
+        source, out = (folder / "files" / "1" / name for name in ("source.csv", "result.csv"))
+        source.parent.mkdir(parents=True)
         source.write_text("\n".join(["text", *texts]), "utf-8")
         with server.held(), store.write() as db:
             command = ["classify", str(source), "-o", str(out), "--url", server.url]
@@ -386,7 +388,7 @@ def test_a_desk_that_is_killed_loses_no_row(server: Server, tmp_path: Path) -> N
                 (str(source), str(out), job),
             )
             db.commit()
-            wait_for(out.with_name("b.csv.partial").exists)
+            wait_for(out.with_name("result.csv.partial").exists)
             desk.process.send_signal(signal.SIGKILL)
             desk.process.wait()
             db.execute("BEGIN")
