@@ -57,7 +57,7 @@ def visit(page: Page, url: str, table: Path, out: Path) -> None:
     """Go the way of a catalogue team, and keep a picture of each page."""
 
     def keep(name: str) -> None:
-        page.screenshot(path=out / f"{name}.png", full_page=True)
+        page.screenshot(path=out / f"{name}.png")
 
     page.goto(url)
     page.get_by_label("Text of a product").fill("红富士苹果 5斤装 新鲜脆甜")
@@ -95,7 +95,7 @@ def draw(out: Path) -> None:
         with table.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["title"], *([text] for text in texts)])
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(locale="en-US", viewport={"width": 900, "height": 700})
+        page = browser.new_page(locale="en-US", viewport={"width": 900, "height": 1000})
         page.set_default_timeout(PATIENCE)
         with desk(folder) as url:
             visit(page, url, table, out)

@@ -566,7 +566,7 @@ def of_argilla(*answers: Any) -> dict[str, Any]:
         (of_label_studio(["a", "b"]), "row 1: a person chose 2 labels"),
         (of_label_studio({"a": 1}), "row 1: label is an object"),
         (of_label_studio([["a"]]), "row 1: label is a list"),
-        (of_label_studio(True), "row 1: label is True"),
+        (of_label_studio(True), "row 1: label is true or false"),
         (of_label_studio(["a"], ["b"]), "1 disputed"),
         ({"data": {"text": "苹果"}, "annotations": 5}, "row 1: annotations is 5"),
         ({"data": {"text": "苹果"}, "annotations": [{"result": 5}]}, "row 1: result is 5"),

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import pytest
 
+from aisle.client import Classifier
 from aisle.deploy.desk import languages
 from aisle.deploy.desk.desk import DeskOptions
 from aisle.deploy.desk.jobs import Jobs
@@ -371,9 +372,10 @@ def test_an_upload_that_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
 # Kills
 
 
-def test_a_desk_that_is_killed_loses_no_row(server: Server, tmp_path: Path) -> None:
+def test_a_desk_that_is_killed_loses_no_row(server: Server, classifier: Classifier, tmp_path: Path) -> None:
     """It is killed while a table is classified. The next start completes the table."""
     folder, texts = tmp_path / "desk", [f"killed desk {i} 苹果" for i in range(2000)]
+    classifier.probe(decisions=True)  # the cache answers this later, while the encoder is held
     with running_desk(folder, server.url) as desk:
         store = Store(folder / "desk.sqlite")
         source, out = (folder / "files" / "1" / name for name in ("source.csv", "result.csv"))
