@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
 from aisle.build.repository import MANIFEST, MODELS
 from aisle.client import Prediction
 from aisle.deploy.desk import queue
-from aisle.deploy.desk.app import create_app
 from aisle.deploy.desk.desk import Desk, DeskOptions
 from aisle.deploy.desk.jobs import TITLES, Job
 from aisle.deploy.desk.languages import translations
@@ -30,6 +28,8 @@ from aisle.train.adapt.drift_statistics import RULES, Reference
 from aisle.train.adapt.retrain import _changes, _compare, _notes, _right
 from aisle.train.core import metrics
 from aisle.train.evaluation.evaluate import measure
+
+from .desk import DeskClient
 
 EVIL = "<script>alert(1)</script>"
 CATEGORIES = ("食品 > 水果", "食品 > 零食", "数码 > 配件")
@@ -45,7 +45,7 @@ class Pages:
         (folder / "data.csv").write_text("text,category\n", "utf-8")
         given: dict[str, Any] = {"checkpoint": folder / "old", "data": folder / "data.csv", **options}
         self.desk = Desk(DeskOptions("localhost:1", folder / "desk", repository=folder / "repository", **given))
-        self.client = TestClient(create_app(self.desk), base_url="http://localhost")
+        self.client = DeskClient(self.desk)
 
     def get(self, path: str) -> str:
         answer = self.client.get(path)
@@ -53,9 +53,7 @@ class Pages:
         return answer.text
 
     def post(self, path: str, **fields: str) -> Any:
-        found = re.search(r'data-csrf="([^"]+)"', self.get("/quality"))
-        assert found
-        return self.client.post(path, data=fields, headers={"X-CSRF-Token": found[1], "HX-Request": "true"})
+        return self.client.act(path, None, **fields)
 
     def done(self, kind: str, *results: dict[str, Any], **detail: Any) -> Job:
         """Have a job end with these results, and what its page does at the end."""

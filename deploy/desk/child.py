@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import runpy
-import signal
 import sys
 
+from aisle.processes import end_with_parent
+
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    end_with_parent()
     desk, *words = sys.argv[1:]
     if os.getppid() != int(desk):  # it was killed just before
         sys.exit(1)

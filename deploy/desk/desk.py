@@ -21,10 +21,11 @@ from aisle.client import Classifier
 from aisle.deploy.desk import languages, queue
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.jobs import TITLES, Jobs
-from aisle.deploy.desk.store import Store, set_setting, setting
+from aisle.deploy.desk.store import Store, setting
 from aisle.deploy.desk.users import NOBODY, Users
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
+from aisle.files import write_private
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.evaluation.predictors import MOST_CATEGORIES, largest_top_k
 
@@ -130,9 +131,6 @@ class Desk:
         known = (each for each in (last, self.options.checkpoint, *made) if each)
         return next((each for each in known if live and _fingerprint(each) == live), last)
 
-    def set_checkpoint(self, db: Any, checkpoint: str) -> None:
-        set_setting(db, CHECKPOINT, checkpoint)
-
     def person(self, request: Request) -> str:
         """Return who asks."""
         return str(request.session.get("person", NOBODY))
@@ -196,10 +194,7 @@ def _fingerprint_at(checkpoint: Path, changed: int) -> str:
 def _secret(path: Path) -> str:
     """Return the key that signs sessions; make it at the first start."""
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.touch(0o600)
-        temporary.write_text(secrets.token_hex(32))
-        temporary.replace(path)
+        write_private(path, secrets.token_hex(32))
     return path.read_text()
 
 

@@ -77,7 +77,6 @@ class Jobs:
         self._finish: dict[str, Finish] = {}
         self._follow: dict[str, Follow] = {}
         self._stopping = threading.Event()
-        self._wake = threading.Event()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._cancelled: set[int] = set()
         self._threads: list[threading.Thread] = []
@@ -98,18 +97,13 @@ class Jobs:
             "INSERT INTO jobs (kind, commands, detail, person, state, at) VALUES (?, ?, ?, ?, 'waiting', ?)", row
         )
         note(db, person, kind, **detail)
-        self._wake.set()
         return int(added.lastrowid or 0)
 
     def start(self) -> None:
         """Start the lanes. What an earlier desk was running starts again, or counts as failed."""
         with self._store.write() as db:
             for row in db.execute("SELECT id, kind FROM jobs WHERE state = 'running'").fetchall():
-                if row["kind"] in RESUMABLE:
-                    db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ?", (row["id"],))
-                else:
-                    why = "the desk stopped while this ran; see which version is live, and start it again"
-                    _end(db, row["id"], "failed", error=why)
+                _cut_off(db, row["id"], row["kind"])
         self._threads = [threading.Thread(target=self._run_lane, args=(kinds,)) for kinds in LANES.values()]
         for thread in self._threads:
             thread.start()
@@ -117,7 +111,6 @@ class Jobs:
     def stop(self) -> None:
         """Stop the commands, and wait. What ran is waiting again, and resumes with the next start."""
         self._stopping.set()
-        self._wake.set()
         for process in list(self._running.values()):
             process.terminate()
         for thread in self._threads:
@@ -163,8 +156,7 @@ class Jobs:
         while not self._stopping.is_set():
             job = self._next(kinds)
             if job is None:
-                self._wake.wait(POLL_SECONDS)
-                self._wake.clear()
+                self._stopping.wait(POLL_SECONDS)
                 continue
             self._run(job)
 
@@ -213,11 +205,9 @@ class Jobs:
             self._end(job.id, "stopped")
         elif not self._stopping.is_set():
             self._end(job.id, "failed", error=why)
-        elif job.kind in RESUMABLE:
-            with self._store.write() as db:
-                db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ?", (job.id,))
         else:
-            self._end(job.id, "failed", error="the desk was stopped while this ran; see which version is live")
+            with self._store.write() as db:
+                _cut_off(db, job.id, job.kind)
 
     def _run_command(self, job: int, words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
         """Run one command; return its exit code and its JSON."""
@@ -252,6 +242,15 @@ def _end(
     result = None if results is None else json.dumps(results, ensure_ascii=False)
     values = state, result, error, time.time(), job
     db.execute("UPDATE jobs SET state = ?, result = ?, error = ?, ended = ? WHERE id = ?", values)
+
+
+def _cut_off(db: sqlite3.Connection, job: int, kind: str) -> None:
+    """Put a job back that ran when the desk stopped, or end it if it cannot resume."""
+    if kind in RESUMABLE:
+        db.execute("UPDATE jobs SET state = 'waiting' WHERE id = ?", (job,))
+    else:
+        why = "the desk stopped while this ran; see which version is live, and start it again"
+        _end(db, job, "failed", error=why)
 
 
 def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> int:

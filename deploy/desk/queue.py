@@ -14,6 +14,8 @@ from typing import Any, Literal
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.store import note, set_setting, setting
 from aisle.preprocess.clean import content_key
+from aisle.train.adapt.labelling_tools import Disputed, majority
+from aisle.train.adapt.review import margin
 
 SECOND_OPINIONS = 10  # one in so many texts is labelled by two people
 ALONE = "one person"  # setting: not empty if one person alone uses the desk
@@ -78,13 +80,12 @@ def add(db: sqlite3.Connection, file: int, rows: Iterable[dict[str, Any]]) -> in
     for row in rows:
         key = content_key(row["text"])
         second = row.get("confidence_2")
-        margin = row["confidence"] - (1 - row["confidence"] if second is None else second)
         values = key, file, row["text"], row["category"], row["confidence"], row.get("category_2") or None, second
         done = db.execute(
             "INSERT INTO items "
             "(key, file, text, category, confidence, category_2, confidence_2, decision, margin, wanted) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
-            (*values, row.get("decision") or None, margin, _people(db, key)),
+            (*values, row.get("decision") or None, margin(row["confidence"], second), _people(db, key)),
         )
         added += done.rowcount
     return added
@@ -229,12 +230,6 @@ def corrections(db: sqlite3.Connection) -> Iterator[dict[str, str]]:
         yield {"text": row["text"], "correct_category": row["agreed"]}
 
 
-def none_of_these(db: sqlite3.Connection) -> Iterator[dict[str, str]]:
-    """Yield the texts that fit no category, with the model's category."""
-    for row in db.execute("SELECT text, category FROM items WHERE state = 'none' ORDER BY id"):
-        yield {"text": row["text"], "category": row["category"]}
-
-
 def set_team(db: sqlite3.Connection, people: int) -> None:
     """Say how many people use the desk. One person alone gives no second opinions, and no text waits for any."""
     set_setting(db, ALONE, "yes" if people < 2 else "")
@@ -264,13 +259,12 @@ def _lease(db: sqlite3.Connection, person: str, item: int, now: float) -> Item:
 def _decide(db: sqlite3.Connection, item: int, wanted: int) -> None:
     """Set the state of a text from its labels. If `wanted` people do not agree, one more decides."""
     rows = db.execute("SELECT category FROM labels WHERE item = ? AND kind != 'skip'", (item,)).fetchall()
-    given = Counter(row["category"] for row in rows)
     state, agreed = "open", None
     if len(rows) >= wanted:
-        category, votes = given.most_common(1)[0]
-        if votes * 2 > len(rows):
-            state, agreed = ("none", None) if category is None else ("agreed", category)
-        else:
+        try:
+            agreed = majority([row["category"] for row in rows])
+            state = "none" if agreed is None else "agreed"
+        except Disputed:
             wanted = min(len(rows) + 1, MOST_PEOPLE)
     values = state, agreed, wanted, item
     db.execute("UPDATE items SET state = ?, agreed = ?, wanted = ? WHERE id = ?", values)

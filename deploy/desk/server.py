@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import signal
-from contextlib import suppress
 
 import uvicorn
 
 from aisle.console import say
 from aisle.deploy.desk.app import create_app
 from aisle.deploy.desk.desk import Desk, DeskOptions
-from aisle.deploy.rest.server import listen
+from aisle.deploy.rest.server import listen, run_until_stopped
 
 STOP_SECONDS = 5  # for requests in flight at a stop
 
@@ -39,7 +37,4 @@ def serve_desk(options: DeskOptions) -> None:
         ssl_certfile=options.certificate,
         ssl_keyfile=options.key,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # uvicorn has its own, and repeats the signal at its end
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+    run_until_stopped(config, listening)

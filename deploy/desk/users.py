@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aisle.errors import InputError
+from aisle.files import write_private
 
 NAME = re.compile(r"[\w.@-]{1,64}")
 SHORTEST_PASSWORD = 10
@@ -104,13 +104,9 @@ class Users:
         return self._users
 
     def _save(self, users: dict[str, str]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.part")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"users": users}, file, ensure_ascii=False, indent=2)
-            temporary.replace(self._path)
+            write_private(self._path, json.dumps({"users": users}, ensure_ascii=False, indent=2))
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror}") from None
 

@@ -62,10 +62,15 @@ def serve_rest(options: RestOptions) -> None:
     listening = listen(options.host, options.port)
     scheme = "https" if options.certificate else "http"
     say(f"REST at {scheme}://{options.host}:{options.port}, described at /docs, for {options.upstream.url}")
+    run_until_stopped(config, listening)
+
+
+def run_until_stopped(config: uvicorn.Config, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, in as many processes as the configuration says."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # uvicorn has its own, and repeats the signal at its end
     with suppress(KeyboardInterrupt):
-        if options.workers > 1:
+        if config.workers > 1:
             Multiprocess(config, sockets=[listening]).run()
         else:
             uvicorn.Server(config).run(sockets=[listening])

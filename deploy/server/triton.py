@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import random
@@ -30,6 +29,7 @@ from aisle.deploy.server.release import Release
 from aisle.deploy.server.served_repository import ENSEMBLES, ServedRepository
 from aisle.deploy.serving.cache import CACHE_MB
 from aisle.errors import InputError, ServerError
+from aisle.processes import end_with_parent
 
 START_SECONDS = 120.0
 STARTS = 4  # at most, if each crashes over a lock in Triton's shared memory, as happens on a busy machine
@@ -228,7 +228,7 @@ def _start(command: list[str], environment: dict[str, str], output: int) -> subp
         env=environment,
         stdout=output,
         stderr=output,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
         start_new_session=True,  # so that Ctrl-C reaches only this process, which lets Triton finish
     )
     threading.Thread(target=_end_process_group, args=(process,), daemon=True).start()
@@ -298,11 +298,6 @@ def _tracing(options: ServerOptions) -> list[str]:
         f"opentelemetry,url={options.trace_url}",
         "opentelemetry,resource=service.name=aisle",
     ]
-
-
-def _end_with_parent() -> None:
-    """Make the kernel end the server if this process is killed (Linux prctl, PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], options: ServerOptions, log: TritonLog) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from aisle.loadtest.generator import Call
 from aisle.loadtest.processes import awake, resume
 from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.tables.table import fingerprint
+from aisle.processes import end_with_parent
 
 HERE = Path(__file__).parent
 OURS = "Aisle"
@@ -241,7 +241,7 @@ def running(name: str, command: list[str], health: str, log: Path) -> Iterator[s
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
+            command, stdout=file, stderr=file, start_new_session=True, preexec_fn=end_with_parent
         )
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -278,8 +278,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # processes that did not end
     process.wait()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end the service if this process is killed (Linux prctl, PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from aisle.preprocess.tables.table import Row
@@ -12,6 +12,7 @@ from aisle.preprocess.values import TextError
 CORRECTION = "correct_category"  # the column, choice or question for people to fill in
 AGENT = "aisle"
 
+Label = TypeVar("Label")
 Part = TypeVar("Part", list[Any], dict[str, Any])
 
 
@@ -103,7 +104,16 @@ def _agreed(labels: list[Any]) -> Any:
         return next(label for label in labels if not isinstance(label, str))
     if not labels:
         return None
+    return majority(labels)
+
+
+def majority(labels: Sequence[Label]) -> Label:
+    """Return the label that more than half of the people gave.
+
+    Raises:
+        Disputed: there is none.
+    """
     ((label, most),) = Counter(labels).most_common(1)
     if 2 * most <= len(labels):
-        raise Disputed(", ".join(dict.fromkeys(labels)))
+        raise Disputed(", ".join(map(str, dict.fromkeys(labels))))
     return label

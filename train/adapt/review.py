@@ -103,6 +103,14 @@ def choose(pool: list[Candidate], rows: int) -> list[Candidate]:
     return sorted(chosen)
 
 
+def margin(first: float, second: float | None) -> float:
+    """Return the margin between the two most probable categories.
+
+    Without a second one, one other category is assumed to have the rest of the probability.
+    """
+    return first - (1 - first if second is None else second)
+
+
 def _candidates(rows: Iterable[Row], skipped: Counter[str]) -> Iterator[Candidate]:
     """Yield each text once, with its first prediction."""
     seen: set[bytes] = set()
@@ -117,10 +125,9 @@ def _candidates(rows: Iterable[Row], skipped: Counter[str]) -> Iterator[Candidat
             skipped["duplicate"] += 1
             continue
         seen.add(key)
-        first, second = row["confidence"], row.get("confidence_2")
-        # Without a second category, assume that one other category has the rest of the probability.
-        margin = first - (1 - first if second is None else second)
-        yield Candidate(margin, order, {**row, "text": text, CORRECTION: ""})
+        yield Candidate(
+            margin(row["confidence"], row.get("confidence_2")), order, {**row, "text": text, CORRECTION: ""}
+        )
 
 
 def _logged(source: Path, text_column: str, skipped: Counter[str]) -> Iterator[Row]:

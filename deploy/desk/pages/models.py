@@ -211,7 +211,7 @@ def _finish_rollout(desk: Desk, job: Job, results: Results) -> Write:
         now = job.detail.get("checkpoint") or setting(db, _made_from(version))
         if now:
             set_setting(db, _made_from(version), now)
-            desk.set_checkpoint(db, now)
+            set_setting(db, CHECKPOINT, now)
 
     return write
 
