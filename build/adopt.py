@@ -1,4 +1,4 @@
-"""Convert a fine-tuned BERT classifier, from a folder or the Hugging Face hub, into a checkpoint."""
+"""Convert a fine-tuned classifier of transformers, from a folder or the Hugging Face hub, into a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from aisle.files import write_json
 from aisle.preprocess import MAX_TOKENS
 from aisle.train.core import decisions, sample
 from aisle.train.core.checkpoint import FILES
+from aisle.train.core.families import SUPPORTED, check_family, token_limit
 
 AISLE_FILES = ("labels.json", sample.FILE, "training.json")  # any of these marks a checkpoint of `aisle train`
 HUB_TIMEOUT_SECONDS = 10
+VOCABULARIES = ("vocab.txt", "merges.txt", "*.model")  # of WordPiece, byte-level BPE and SentencePiece
 CONVERT_COMMAND = (
     'python -c "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; '
     "M.from_pretrained('{0}', use_safetensors=False).save_pretrained('{1}'); "
@@ -45,7 +47,7 @@ def checkpoint_of(source: Path) -> Iterator[Path]:
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{source} is not a checkpoint: it lacks {', '.join(FILES)}; make one with aisle train, or give a "
-            "fine-tuned BertForSequenceClassification"
+            "fine-tuned classifier, such as a BertForSequenceClassification"
         )
     with tempfile.TemporaryDirectory(prefix="aisle-checkpoint-") as made:
         _convert(folder, str(source), Path(made))
@@ -64,7 +66,7 @@ def _from_hub(source: Path) -> Path:
     if source.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise InputError(f"{source}: no such folder")
     try:
-        files = ["*.json", "vocab.txt", "*.safetensors"]
+        files = ["*.json", "*.txt", "*.model", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=files, etag_timeout=HUB_TIMEOUT_SECONDS))
     except Exception as error:  # the hub's client, HTTP and the file system each raise their own exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -81,7 +83,7 @@ def _convert(folder: Path, name: str, to: Path) -> None:
         InputError: the classifier cannot be served.
     """
     import torch
-    from transformers import BertForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -91,12 +93,12 @@ def _convert(folder: Path, name: str, to: Path) -> None:
     _check_weights(folder, name)
     tokenizer = _tokenizer(folder, name)
     try:
-        model = BertForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except Exception as error:  # safetensors and transformers each raise their own exceptions
         raise InputError(f"{name}: the weights cannot be loaded: {error}".splitlines()[0]) from None
-    limit = min(MAX_TOKENS, model.config.max_position_embeddings)
+    limit = min(MAX_TOKENS, token_limit(model.config))
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
     model.save_pretrained(to)
@@ -113,14 +115,13 @@ def _labels(config: dict[str, Any], name: str) -> list[str]:
     """Return the categories of a Hugging Face configuration, in the order of the logits.
 
     Raises:
-        InputError: the model is not a BERT classifier with two or more categories and one category per text.
+        InputError: the model is not a classifier of a supported family, with two or more categories and one per text.
     """
-    if config.get("model_type") != "bert":
-        raise InputError(f"{name} is a {config.get('model_type')!r} model; only BERT can be served")
-    if config.get("architectures") != ["BertForSequenceClassification"]:
+    kind = check_family(config.get("model_type"), name)
+    if config.get("architectures") != [SUPPORTED[kind]]:
         raise InputError(
-            f"{name} is a {' '.join(config.get('architectures') or ['BERT'])}, not a BertForSequenceClassification: it "
-            "has no categories yet; fine-tune it first: aisle train --model"
+            f"{name} is a {' '.join(config.get('architectures') or [kind])}, not a {SUPPORTED[kind]}: it has no "
+            "categories yet; fine-tune it first: aisle train --model"
         )
     if config.get("problem_type") == "multi_label_classification":
         raise InputError(
@@ -154,18 +155,19 @@ def _check_weights(folder: Path, name: str) -> None:
 
 
 def _tokenizer(folder: Path, name: str) -> Tokenizer:
-    """Return the fast tokenizer of a folder, from tokenizer.json or from vocab.txt and its settings.
+    """Return the fast tokenizer of a folder, from tokenizer.json or from a vocabulary and its settings.
 
     Raises:
         InputError: the folder holds neither.
     """
     from transformers import AutoTokenizer
 
-    tokenizer_json, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
-    if not tokenizer_json.is_file() and not vocabulary.is_file():
-        raise InputError(f"{name} has no tokenizer: put the model's own tokenizer.json or vocab.txt there")
+    tokenizer_json = folder / "tokenizer.json"
+    vocabularies = [file for pattern in VOCABULARIES for file in folder.glob(pattern)]
+    if not tokenizer_json.is_file() and not vocabularies:
+        raise InputError(f"{name} has no tokenizer: put the model's own tokenizer.json or {VOCABULARIES[0]} there")
     try:
-        if not vocabulary.is_file() and not (folder / "tokenizer_config.json").is_file():
+        if not vocabularies and not (folder / "tokenizer_config.json").is_file():
             return Tokenizer.from_file(str(tokenizer_json))  # without settings, transformers would make another
         settings = {"local_files_only": True, "trust_remote_code": False}
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **settings).backend_tokenizer

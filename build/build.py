@@ -29,12 +29,12 @@ from aisle.build.engine import (
 )
 from aisle.build.export import DTYPES, export
 from aisle.build.gate import GATES, Gate, GateError, accuracy, check_finite, predict
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.build.inputs import BuildInputs, DataSource, TextSource
 from aisle.build.openvino_graph import to_openvino
 from aisle.build.recipe import recipe
 from aisle.build.repository import check_version, new_version, read_report, versions
-from aisle.build.varlen import Shape, VarlenBert, copy_weights
+from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
@@ -63,7 +63,7 @@ def build(
     If the latest version has the same recipe, gate included, nothing is built.
 
     Args:
-        source: a folder that `aisle train` made, or another fine-tuned BertForSequenceClassification: a folder, or the
+        source: a folder that `aisle train` made, or another fine-tuned classifier of transformers: a folder, or the
             name of one on the Hugging Face hub.
         data: labelled texts to calibrate and check with, instead of the checkpoint's own sample.
         held_out: texts to check with, instead of those of the sample or `data`.
@@ -155,11 +155,11 @@ def build_engine(
     if spec.target == "cuda":
         return _build_cuda_engine(inputs, spec, folder, gate)
     if spec.precision != "int8":
-        return _build_from_onnx(inputs, PackedBert(inputs.model, DTYPES[spec.precision]), spec, folder, options)
+        return _build_from_onnx(inputs, PackedEncoder(inputs.model, DTYPES[spec.precision]), spec, folder, options)
     ranges, losses = inputs.ranges
 
     def attempt(skip: Sequence[str]) -> dict[str, Any]:
-        graph = quantize.quantized(PackedBert(inputs.model, DTYPES["int8"]), ranges, skip)
+        graph = quantize.quantized(PackedEncoder(inputs.model, DTYPES["int8"]), ranges, skip)
         row = _build_from_onnx(inputs, graph, spec, folder, options)
         return {**row, "calibration": losses, "layers_in_fp16": list(skip)}
 
@@ -231,10 +231,10 @@ def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate
     return _keep_layers_in_fp16(row, attempt, ranking, gate)
 
 
-def _cuda_module(inputs: BuildInputs, spec: EngineSpec, skip: Sequence[str]) -> VarlenBert:
+def _cuda_module(inputs: BuildInputs, spec: EngineSpec, skip: Sequence[str]) -> VarlenEncoder:
     """Return the module with the checkpoint's weights, in the requested precision; layers in `skip` stay in fp16."""
-    shape, dtype = Shape.of(inputs.model), cuda_version.DTYPES[spec.precision]
-    module = copy_weights(VarlenBert(shape, spec.max_tokens, dtype), inputs.model)
+    shape, dtype = shape_of(inputs.model), cuda_version.DTYPES[spec.precision]
+    module = copy_weights(VarlenEncoder(shape, spec.max_tokens, dtype), inputs.model)
     check_finite(module, spec.precision)
     if spec.precision == "fp8":
         fp8.quantize(module, inputs.largest_inputs, skip)
@@ -242,7 +242,7 @@ def _cuda_module(inputs: BuildInputs, spec: EngineSpec, skip: Sequence[str]) -> 
 
 
 def _build_from_onnx(
-    inputs: BuildInputs, graph: PackedBert, spec: EngineSpec, folder: Path, options: compile_tensorrt.CompilerOptions
+    inputs: BuildInputs, graph: PackedEncoder, spec: EngineSpec, folder: Path, options: compile_tensorrt.CompilerOptions
 ) -> dict[str, Any]:
     """Export, compile, load and check one graph; `folder` then holds the engine's files and engine.json."""
     onnx = folder / "model.onnx"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aisle.build.cuda_device import too_little_memory
 from aisle.build.cuda_layout import Bucket, Ints, Layout
-from aisle.build.varlen import VarlenBert
+from aisle.build.varlen import VarlenEncoder
 from aisle.console import say
 from aisle.errors import InputError
 
@@ -42,7 +42,7 @@ class CudaRunner:
 
     def __init__(
         self,
-        module: VarlenBert,
+        module: VarlenEncoder,
         max_tokens: int,
         device: torch.device,
         *,
@@ -137,7 +137,7 @@ class CudaRunner:
             logits = self._module(*self.layout.views(self._inputs, bucket))
             self._logits[: bucket.texts].copy_(logits)
 
-    def _prepare(self, module: VarlenBert, wanted: list[Bucket]) -> None:
+    def _prepare(self, module: VarlenEncoder, wanted: list[Bucket]) -> None:
         """Allocate, compile, warm up and capture: the largest bucket first, so that the others reuse its memory."""
         start = time.perf_counter()
         largest, labels = self.layout.largest, module.shape.labels
@@ -166,7 +166,7 @@ class CudaRunner:
         self._synchronize()
         self.seconds["capture"] = time.perf_counter() - start
 
-    def _compile(self, module: VarlenBert, bucket: Bucket) -> None:
+    def _compile(self, module: VarlenEncoder, bucket: Bucket) -> None:
         """Compile once for all sizes. Without a C compiler, the module runs uncompiled, still in CUDA graphs."""
         import torch._inductor.config as inductor
 

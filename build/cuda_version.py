@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from aisle.build.cuda_device import check_precision, find_device, too_little_memory
 from aisle.build.cuda_runner import CudaRunner
-from aisle.build.varlen import Fp8Linear, Shape, VarlenBert
+from aisle.build.encoder import Shape
+from aisle.build.varlen import Fp8Linear, VarlenEncoder
 from aisle.errors import InputError
 
 WEIGHTS, MODULE, CACHE = "model.safetensors", "module.json", "compiled.bin"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
 
 
-def save(module: VarlenBert, folder: Path) -> None:
+def save(module: VarlenEncoder, folder: Path) -> None:
     """Write the weights and the shape. They run on any supported GPU."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     save_file(state, folder / WEIGHTS)
@@ -28,7 +29,7 @@ def save(module: VarlenBert, folder: Path) -> None:
     (folder / MODULE).write_text(json.dumps({"shape": asdict(module.shape), "fp8_layers": fp8}, indent=2) + "\n")
 
 
-def load(folder: Path, precision: str, max_tokens: int) -> VarlenBert:
+def load(folder: Path, precision: str, max_tokens: int) -> VarlenEncoder:
     """Read what `save` wrote.
 
     Raises:
@@ -38,7 +39,7 @@ def load(folder: Path, precision: str, max_tokens: int) -> VarlenBert:
         described = json.loads((folder / MODULE).read_text())
         dtype = DTYPES[precision]
         with torch.device("meta"):
-            module = VarlenBert(Shape(**described["shape"]), max_tokens, dtype)
+            module = VarlenEncoder(Shape(**described["shape"]), max_tokens, dtype)
             for name in described["fp8_layers"]:
                 linear: Any = module.get_submodule(name)
                 module.set_submodule(name, Fp8Linear(linear.in_features, linear.out_features, dtype))

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.preprocess.pack import Packed, pack
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
-def export(graph: PackedBert, max_tokens: int, path: Path) -> None:
+def export(graph: PackedEncoder, max_tokens: int, path: Path) -> None:
     """Write the graph over packed rows as ONNX, with dynamic numbers of rows, width and texts."""
     example = pack(np.arange(5 + 3 + max_tokens), np.array([5, 3, max_tokens]), max_tokens)
     example = example._replace(input_ids=example.input_ids % graph.word.num_embeddings)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.build.quantize import Ranges, divergence, linears, logits, run
-from aisle.build.varlen import Fp8Linear, VarlenBert
+from aisle.build.varlen import Fp8Linear, VarlenEncoder
 from aisle.console import track
 from aisle.preprocess.pack import Packed
 
@@ -20,7 +20,7 @@ from aisle.preprocess.pack import Packed
 HEADROOM = 1.25
 
 
-def largest_inputs(graph: PackedBert, batches: Sequence[Packed]) -> Ranges:
+def largest_inputs(graph: PackedEncoder, batches: Sequence[Packed]) -> Ranges:
     """Return the largest |input| of each linear layer on real texts, by the layer's name."""
     found: Ranges = {}
 
@@ -38,7 +38,7 @@ def largest_inputs(graph: PackedBert, batches: Sequence[Packed]) -> Ranges:
     return found
 
 
-def quantize(module: VarlenBert | PackedBert, largest: Ranges, skip: Sequence[str] = ()) -> None:
+def quantize(module: VarlenEncoder | PackedEncoder, largest: Ranges, skip: Sequence[str] = ()) -> None:
     """Convert the encoder's linear layers to fp8, except those in `skip`. Both module types have the same layers."""
     for name, layer in linears(module).items():
         if name not in skip:
@@ -51,7 +51,7 @@ def sensitivity(model: Any, largest: Ranges, batches: Sequence[Packed]) -> list[
 
     The divergence is that of `quantize.sensitivity`, in nats per text.
     """
-    graph = PackedBert(model).eval()
+    graph = PackedEncoder(model).eval()
     expected = logits(graph, batches)
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):

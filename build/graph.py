@@ -1,115 +1,158 @@
-"""The graph that is compiled: a Hugging Face BERT classifier over packed rows, with its own weights."""
+"""The graph that is compiled: a classifier of transformers over packed rows, with its own weights."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aisle.errors import InputError
+from aisle.build.encoder import Encoder, Layer, Shape, inverse_frequencies, rotate
+from aisle.build.families import family_of
 
 MASKED = -1e9  # added to the attention scores between different texts: after softmax they are exactly 0
 
 
-class PackedBert(nn.Module):
-    """`BertForSequenceClassification` without padding: rows hold many texts, attention stays inside each.
+class Batch(NamedTuple):
+    """What every layer's attention reads of a batch."""
+
+    masks: dict[int, Tensor]  # by window: [rows, 1 or heads, width, width], added to the scores
+    turns: dict[float, tuple[Tensor, Tensor]]  # by rotary base: cosine and sine, [rows, 1, width, head size]
+    bucket: Tensor | None  # [width, width], the number of the distance between two tokens
+
+
+class PackedEncoder(Encoder):
+    """A classifier of transformers without padding: rows hold many texts, attention stays inside each.
 
     Exact: it has the same layers and weights, and skips only values that are never read.
-    With a 16-bit `dtype`, embeddings and matrix products use it; sums, LayerNorm, softmax and classifier use fp32.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
-        """Copy the weights of a `transformers.BertForSequenceClassification`.
+        """Copy the weights of a classifier.
 
         Raises:
-            InputError: the model is not a BERT classifier.
+            InputError: it is no classifier of a family in `families.FAMILIES`.
         """
-        super().__init__()
-        config = model.config
-        if config.model_type != "bert" or getattr(config, "is_decoder", False) or not hasattr(model, "classifier"):
-            raise InputError(f"cannot compile a {type(model).__name__}; give a BertForSequenceClassification")
-        bert = model.bert
-        embeddings = bert.embeddings
-        # Every token has type 0, so the embedding of type 0 is added to the position embeddings here.
-        position = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
-        self.word = embedding(embeddings.word_embeddings.weight, dtype)
-        self.position = embedding(position, dtype)
-        self.norm = SumNorm(embeddings.LayerNorm, dtype)
-        self.layers = nn.ModuleList(PackedLayer(layer, config, dtype) for layer in bert.encoder.layer)
-        self.pooler = linear(bert.pooler.dense, torch.float32)
-        self.classifier = linear(model.classifier, torch.float32)
+        family = family_of(model)
+        shape = family.shape(model)
+        super().__init__(shape, dtype, lambda number: self.attention(shape, number, dtype), Layer)
+        if shape.relative == "bias":
+            self.register_buffer("distance_bias", torch.empty(shape.heads, 2 * shape.positions - 1))
+        if shape.relative == "disentangled":
+            self.register_buffer("distance_bucket", torch.empty(2 * shape.positions - 1, dtype=torch.long))
+        for theta in {*shape.thetas}:
+            self.register_buffer(_rotary(theta), inverse_frequencies(theta, shape.width), persistent=False)
+        weights = family.weights(model)
+        weights |= {name: each for name, each in self.named_buffers() if name.startswith("rotary")}
+        self.load(weights | _scaled(weights, shape))
+        self.requires_grad_(False)
+
+    def attention(self, shape: Shape, number: int, dtype: torch.dtype) -> nn.Module:
+        """Return the attention of a layer."""
+        return PackedAttention(shape, number, dtype)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
-        hidden = self.norm(self.word(input_ids), self.position(position_ids))  # [rows, width, hidden]
-        mask = self.mask(segment_ids)
+        hidden = self.embed(input_ids, position_ids)  # [rows, width, hidden]
+        batch = self.batch(position_ids, segment_ids)
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, mask)
+            hidden = layer(hidden, batch)
+        if self.shape.pooling == "mean":
+            hidden = self.last(self.layers[-1](hidden, batch))
+            return self.classify(mean(hidden.flatten(0, 1), segment_ids.flatten(), cls_index))
         # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-        cls = self.layers[-1](hidden, mask, cls_index)
-        logits: Tensor = self.classifier(torch.tanh(self.pooler(cls.float())))
-        return logits
+        return self.classify(self.last(self.layers[-1](hidden, batch, cls_index)))
+
+    def batch(self, position_ids: Tensor, segment_ids: Tensor) -> Batch:
+        """Compute once what all layers read."""
+        shape = self.shape
+        mask = self.mask(segment_ids)
+        column = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+        # A text's tokens are neighbours in a row, so columns differ as positions do.
+        away = column[None, :] - column[:, None]  # from the query to the key
+        number = away + shape.positions - 1
+        if shape.relative == "bias":
+            mask = mask + self.get_buffer("distance_bias")[:, number.clamp(0, 2 * shape.positions - 2)]
+        masks = {0: mask}
+        for window in {*shape.windows} - {0}:
+            masks[window] = torch.where(away.abs() <= window, mask, MASKED)
+        turns = {}
+        for theta in {*shape.thetas}:
+            angles = (position_ids[..., None].float() * self.get_buffer(_rotary(theta)))[:, None]
+            angles = torch.cat((angles, angles), dim=-1)
+            turns[theta] = angles.cos(), angles.sin()
+        bucket = None
+        if shape.relative == "disentangled":
+            bucket = self.get_buffer("distance_bucket")[number.clamp(0, 2 * shape.positions - 2)]
+        return Batch(masks, turns, bucket)
 
     def mask(self, segment_ids: Tensor) -> Tensor:
         """Return the attention mask [rows, 1, width, width], added to the scores: 0 within a text, else `MASKED`."""
         return torch.where((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None], 0.0, MASKED)
 
 
-class PackedLayer(nn.Module):
-    def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        attention, self.heads = layer.attention.self, config.num_attention_heads
-        scale = 1 / math.sqrt(attention.query.out_features // self.heads)
-        # One matrix product for query, key and value; the query's weights contain the scale of the scores.
-        self.qkv = nn.Linear(attention.query.in_features, 3 * attention.query.out_features, dtype=dtype)
-        parts = (attention.query, scale), (attention.key, 1.0), (attention.value, 1.0)
-        self.qkv.weight.data = torch.cat([part.weight.detach() * factor for part, factor in parts]).to(dtype)
-        self.qkv.bias.data = torch.cat([part.bias.detach() * factor for part, factor in parts]).to(dtype)
-        self.project = linear(layer.attention.output.dense, dtype)
-        self.norm = SumNorm(layer.attention.output.LayerNorm, dtype)
-        self.up, self.activation = linear(layer.intermediate.dense, dtype), layer.intermediate.intermediate_act_fn
-        self.down = linear(layer.output.dense, dtype)
-        self.norm_out = SumNorm(layer.output.LayerNorm, dtype)
+class PackedAttention(nn.Module):
+    """Attention within the texts of packed rows. The scale of the scores is contained in the queries' weights."""
 
-    def forward(self, hidden: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return the layer's output [rows, width, hidden], or only [texts, hidden] for the flattened tokens `keep`."""
+    def __init__(self, shape: Shape, number: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.relative = shape.heads, shape.relative == "disentangled"
+        self.window = shape.windows[number] if shape.windows else 0
+        self.theta = shape.thetas[number] if shape.thetas else 0.0
+        if self.relative:
+            size = shape.heads, shape.buckets, shape.width
+            self.register_buffer("distance_key", torch.empty(size, dtype=dtype))
+            self.register_buffer("distance_query", torch.empty(size, dtype=dtype))
+
+    def forward(self, qkv: Tensor, batch: Batch) -> Tensor:
         # Each [rows, heads, width, hidden / heads].
-        q, k, v = self.qkv(hidden).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        context = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        if keep is not None:
-            hidden, context = hidden.flatten(0, 1)[keep], context.flatten(0, 1)[keep]
-        hidden = self.norm(hidden, self.project(context))
-        output: Tensor = self.norm_out(hidden, self.down(self.activation(self.up(hidden))))
-        return output
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.theta:
+            q, k = (rotate(each, *batch.turns[self.theta]) for each in (q, k))
+        mask = batch.masks[self.window]
+        if self.relative:
+            mask = mask + self.of_distances(q, k, batch.bucket)
+        return self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    def of_distances(self, q: Tensor, k: Tensor, bucket: Tensor | None) -> Tensor:
+        """Return the scores [rows, heads, width, width] of contents with distances, both ways, as in DeBERTa."""
+        assert bucket is not None
+        shape = (*q.shape[:2], *bucket.shape)
+        to_key = (q @ self.get_buffer("distance_key").transpose(1, 2)).float().gather(3, bucket.expand(shape))
+        to_query = (k @ self.get_buffer("distance_query").transpose(1, 2)).float().gather(3, bucket.t().expand(shape))
+        return to_key + to_query.transpose(2, 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         attention: Tensor = ((q @ k.transpose(2, 3)).float() + mask).softmax(-1).to(v.dtype)
         return attention @ v
 
 
-class SumNorm(nn.Module):
-    """LayerNorm of a sum, computed in fp32 for every input and output type."""
+def mean(hidden: Tensor, segments: Tensor, starts: Tensor) -> Tensor:
+    """Return the mean hidden state of each text, [texts, hidden].
 
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight.detach().float(), norm.bias.detach().float()
-        self.eps, self.dtype = norm.eps, dtype
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        total = a.float() + b.float()
-        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
-
-
-def embedding(weight: Tensor, dtype: torch.dtype) -> nn.Embedding:
-    """Return an embedding with the weights [entries, hidden], converted to a type."""
-    return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.detach().to(dtype))
+    Args:
+        hidden: [tokens, hidden].
+        segments: [tokens], a number for each text.
+        starts: [texts], where each text starts.
+    """
+    own = (segments[starts][:, None] == segments[None]).float()  # [texts, tokens]
+    return (own @ hidden.float()) / own.sum(1, keepdim=True)
 
 
-def linear(source: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """Return a copy of a linear layer, converted to a type."""
-    copy = nn.Linear(source.in_features, source.out_features, dtype=dtype)
-    copy.load_state_dict(source.state_dict())
-    return copy
+def _scaled(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Return the weights that change when the scale of the attention scores goes into the queries."""
+    kinds = 3 if shape.relative == "disentangled" else 1  # contents, and contents with distances both ways
+    scale = 1 / math.sqrt(shape.width * kinds)
+    found = {}
+    for name, tensor in weights.items():
+        if ".qkv." in name:
+            queries, others = tensor.detach()[: shape.hidden], tensor.detach()[shape.hidden :]
+            found[name] = torch.cat([queries * scale, others])
+        elif name.endswith("distance_query"):
+            found[name] = tensor * scale
+    return found
+
+
+def _rotary(theta: float) -> str:
+    return f"rotary_{theta:g}".replace(".", "_").replace("+", "")

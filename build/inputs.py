@@ -14,7 +14,7 @@ import numpy as np
 
 from aisle.build import fp8, quantize
 from aisle.build.gate import HeldOut
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, prepare
@@ -22,6 +22,7 @@ from aisle.preprocess.pack import Packed, pack
 from aisle.preprocess.tables.table import column, read_rows
 from aisle.preprocess.values import TextError
 from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.families import token_limit
 from aisle.train.core.predict import logits_of
 from aisle.train.core.sample import LEAST, TEXTS, Sample, sample_of, topped_up
 
@@ -64,7 +65,7 @@ class BuildInputs:
         self.labels = self.checkpoint.labels
         self.tokenizer = self.checkpoint.tokenizer
         self.model: Any = self.checkpoint.model
-        positions = self.model.config.max_position_embeddings
+        positions = token_limit(self.model.config)
         if self.tokenizer.max_tokens > positions:
             raise InputError(f"{checkpoint} has positions for only {positions} tokens; lower --max-tokens")
         own = _sample(self.checkpoint, data, held_out)
@@ -100,12 +101,12 @@ class BuildInputs:
     @cached_property
     def ranges(self) -> tuple[quantize.Ranges, dict[str, float]]:
         """The ranges of the best calibration method, and the divergence of each method on the validation texts."""
-        graph = PackedBert(self.model).eval()
+        graph = PackedEncoder(self.model).eval()
         expected = quantize.logits(graph, self.validation)
         ranges = quantize.calibrate(graph, self._packed(self.sample.train.texts))
         losses = {}
         for method, found in ranges.items():
-            actual = quantize.logits(quantize.quantized(PackedBert(self.model), found), self.validation)
+            actual = quantize.logits(quantize.quantized(PackedEncoder(self.model), found), self.validation)
             losses[method] = quantize.divergence(expected, actual)
         best = min(losses, key=losses.__getitem__)
         say(f"calibration: {best} (divergence: {', '.join(f'{name} {loss:.2g}' for name, loss in losses.items())})")
@@ -114,7 +115,7 @@ class BuildInputs:
     @cached_property
     def largest_inputs(self) -> quantize.Ranges:
         """The largest |input| of each linear layer of the encoder on the training texts, for fp8."""
-        return fp8.largest_inputs(PackedBert(self.model).eval(), self._packed(self.sample.train.texts))
+        return fp8.largest_inputs(PackedEncoder(self.model).eval(), self._packed(self.sample.train.texts))
 
     def _packed(self, texts: Sequence[str]) -> list[Packed]:
         tokens = self.tokenizer.tokens(texts)

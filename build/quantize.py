@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from onnxruntime.quantization.calibrate import HistogramCollector
 from torch import Tensor, nn
 
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.console import track
 from aisle.preprocess.pack import Packed
 
@@ -74,7 +74,7 @@ def linears(graph: nn.Module) -> dict[str, nn.Linear]:
     return {name: each for name, each in graph.named_modules() if isinstance(each, nn.Linear) and "layers." in name}
 
 
-def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]:
+def calibrate(graph: PackedEncoder, batches: Sequence[Packed]) -> dict[str, Ranges]:
     """Observe fp32 activations on real texts; return the ranges of each method in `METHODS`.
 
     All methods use one histogram per layer input: `minmax` takes its end, `percentile` its 99.99th percentile, and
@@ -104,7 +104,7 @@ def calibrate(graph: PackedBert, batches: Sequence[Packed]) -> dict[str, Ranges]
     }
 
 
-def quantized(graph: PackedBert, ranges: Ranges, skip: Sequence[str] = ()) -> PackedBert:
+def quantized(graph: PackedEncoder, ranges: Ranges, skip: Sequence[str] = ()) -> PackedEncoder:
     """Quantize the linear layers of a graph to INT8 in place, except those in `skip`, and return the graph."""
     for name, layer in linears(graph).items():
         if name not in skip:
@@ -117,7 +117,7 @@ def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[t
 
     The divergence is the Kullback-Leibler divergence of the category probabilities from fp32, in nats per text.
     """
-    graph = PackedBert(model).eval()
+    graph = PackedEncoder(model).eval()
     expected = logits(graph, batches)
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.errors import InputError, ServerError
 from aisle.loadtest.bench import comparison, engines, interleave, scaling, services, systems
 from aisle.loadtest.bench.bench import BenchSettings, bench
 from aisle.loadtest.bench.fixtures import config_of, read_texts, write_tokenizer
-from aisle.loadtest.bench.layouts import FlatBert, flat, padded
+from aisle.loadtest.bench.layouts import FlatEncoder, flat, padded
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.pack import pack
 from tests.conftest import aisle
@@ -30,11 +30,11 @@ def test_all_layouts_of_the_encoder_agree(texts: int) -> None:
     lengths[0] = 64  # as long as a row
     tokens = rng.integers(0, 500, lengths.sum())
     with torch.inference_mode():
-        expected = PackedBert(model)(*map(torch.from_numpy, pack(tokens, lengths, 64)))
+        expected = PackedEncoder(model)(*map(torch.from_numpy, pack(tokens, lengths, 64)))
         for graph, laid in (
-            (FlatBert(model, torch.float32), flat((tokens, lengths), 64)),
-            (PackedBert(model), padded((tokens, lengths))),
-            (PackedBert(model), padded((tokens, lengths), 128)),
+            (FlatEncoder(model, torch.float32), flat((tokens, lengths), 64)),
+            (PackedEncoder(model), padded((tokens, lengths))),
+            (PackedEncoder(model), padded((tokens, lengths), 128)),
         ):
             assert (graph(*map(torch.from_numpy, laid)) - expected).abs().max() < 1e-4
 
@@ -47,7 +47,7 @@ def test_the_ceiling_counts_the_products_that_the_graph_has() -> None:
         nonlocal counted
         counted += 2 * inputs[0].numel() // layer.in_features * layer.weight.numel()
 
-    graph = PackedBert(model)
+    graph = PackedEncoder(model)
     for name, layer in graph.named_modules():
         if isinstance(layer, torch.nn.Linear) and "layers." in name:
             layer.register_forward_hook(count)

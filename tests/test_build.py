@@ -17,7 +17,7 @@ from aisle.build.cuda_runtime import gpu_name
 from aisle.build.engine import EngineSpec, Logits, load_engine
 from aisle.build.export import DTYPES, export
 from aisle.build.gate import Gate, GateError, accuracy
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.build.inputs import DataSource, TextSource
 from aisle.build.quantize import linears, quantized
 from aisle.build.repository import MODELS, latest_version, new_version, version_fingerprint, versions
@@ -210,7 +210,7 @@ def test_tensorrt_compiles_the_demo_model(checkpoint: Path, tmp_path: Path) -> N
 def test_tensorrt_compiles_bert_base(tmp_path: Path, precision: str) -> None:
     size = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     model = random_bert(0, **size, vocab_size=21128, max_position_embeddings=512)
-    graph = PackedBert(model, DTYPES[precision])
+    graph = PackedEncoder(model, DTYPES[precision])
     if precision == "int8":
         graph = quantized(graph, dict.fromkeys(linears(graph), 4.0))
     export(graph, 128, tmp_path / "model.onnx")

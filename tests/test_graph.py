@@ -3,15 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
-from aisle.build.graph import PackedBert
-from aisle.errors import InputError
+from aisle.build.graph import PackedEncoder
 from aisle.preprocess.pack import pack
 from aisle.train.core.predict import pad
 
@@ -45,7 +39,7 @@ def test_packed_is_exact(texts: int, settings: dict[str, int], limit: int) -> No
     input_ids, attention_mask = pad([text.tolist() for text in np.split(tokens, np.cumsum(lengths)[:-1])])
     with torch.inference_mode():
         expected = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        actual = PackedBert(model)(*map(torch.from_numpy, pack(tokens, lengths, limit)))
+        actual = PackedEncoder(model)(*map(torch.from_numpy, pack(tokens, lengths, limit)))
     assert (actual - expected).abs().max() < 1e-4
 
 
@@ -55,15 +49,7 @@ def test_with_16_bits_sums_stay_in_fp32(dtype: torch.dtype, error: float) -> Non
     lengths = np.array([5, 60, 128, 1])
     packed = pack(np.random.default_rng(0).integers(0, 500, lengths.sum()), lengths, 128)
     with torch.inference_mode():
-        expected = PackedBert(model)(*map(torch.from_numpy, packed))
-        actual = PackedBert(model, dtype)(*map(torch.from_numpy, packed))
+        expected = PackedEncoder(model)(*map(torch.from_numpy, packed))
+        actual = PackedEncoder(model, dtype)(*map(torch.from_numpy, packed))
     assert actual.dtype == torch.float32
     assert 0 < (actual - expected).abs().max() < error * expected.abs().max()
-
-
-def test_other_architectures_are_refused() -> None:
-    model = DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=50, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
-    )
-    with pytest.raises(InputError, match="BertForSequenceClassification"):
-        PackedBert(model)

@@ -7,7 +7,7 @@ import openvino
 import torch
 
 from aisle.build.export import export
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.build.openvino_graph import to_openvino
 from aisle.build.quantize import METHODS, Int8Linear, calibrate, divergence, linears, logits, quantized, sensitivity
 from aisle.preprocess.pack import Packed, pack
@@ -33,7 +33,7 @@ def test_a_quantized_layer_rounds_as_int8_does() -> None:
 
 
 def test_ranges_cover_the_observed_activations() -> None:
-    graph = PackedBert(random_bert(0)).eval()
+    graph = PackedEncoder(random_bert(0)).eval()
     ranges = calibrate(graph, batches(4))
     assert set(ranges) == set(METHODS)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -49,11 +49,11 @@ def test_ranges_cover_the_observed_activations() -> None:
 
 def test_quantization_error_is_small_and_smaller_with_skipped_layers() -> None:
     model, data = random_bert(0), batches(4)
-    expected = logits(PackedBert(model).eval(), data)
-    ranges = calibrate(PackedBert(model).eval(), data)["minmax"]
-    whole = divergence(expected, logits(quantized(PackedBert(model), ranges), data))
+    expected = logits(PackedEncoder(model).eval(), data)
+    ranges = calibrate(PackedEncoder(model).eval(), data)["minmax"]
+    whole = divergence(expected, logits(quantized(PackedEncoder(model), ranges), data))
     ranking = sensitivity(model, ranges, data)
-    spared = quantized(PackedBert(model), ranges, skip=[name for name, _ in ranking[:6]])
+    spared = quantized(PackedEncoder(model), ranges, skip=[name for name, _ in ranking[:6]])
     assert 0 < divergence(expected, logits(spared, data)) < whole < 0.05
     assert sum(isinstance(each, Int8Linear) for each in spared.modules()) == len(ranking) - 6
     assert [loss for _, loss in ranking] == sorted((loss for _, loss in ranking), reverse=True)
@@ -62,12 +62,12 @@ def test_quantization_error_is_small_and_smaller_with_skipped_layers() -> None:
 def test_openvino_can_fuse_each_quantization_into_the_step_before(tmp_path: Path) -> None:
     """Nothing else reads what is quantized, attention is quantized before its transpose, the logits stay the same."""
     model, data = random_bert(0), batches(3)
-    graph = quantized(PackedBert(model), calibrate(PackedBert(model).eval(), data)["minmax"])
+    graph = quantized(PackedEncoder(model), calibrate(PackedEncoder(model).eval(), data)["minmax"])
     export(graph, 64, tmp_path / "model.onnx")
     arranged, plain = to_openvino(tmp_path / "model.onnx"), openvino.Core().read_model(tmp_path / "model.onnx")
     quantize = [node for node in arranged.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
     sources = [node.input_value(0) for node in quantize if node.input_value(0).get_node().get_type_name() != "Constant"]
-    assert len(sources) == len(linears(PackedBert(model)))
+    assert len(sources) == len(linears(PackedEncoder(model)))
     for source in sources:
         assert len(source.get_target_inputs()) == 1
     steps = [source.get_node() for source in sources]

@@ -31,7 +31,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A folder that `aisle train` made, or a fine-tuned BertForSequenceClassification (folder or hub name).",
+        help="A folder that `aisle train` made, or a fine-tuned classifier of transformers (folder or hub name).",
     ),
 ]
 HeldOut = Annotated[

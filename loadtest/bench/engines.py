@@ -17,9 +17,9 @@ import torch
 from aisle.build import quantize
 from aisle.build.engine import EngineSpec, openvino_runner
 from aisle.build.export import DTYPES, export
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.console import say, track
-from aisle.loadtest.bench.layouts import FlatBert, Texts, flat, padded
+from aisle.loadtest.bench.layouts import FlatEncoder, Texts, flat, padded
 from aisle.preprocess.pack import Packed, pack
 from aisle.train.core.predict import pad
 
@@ -206,20 +206,22 @@ def _systems(model: Any, max_tokens: int) -> dict[str, System]:
         return lambda texts: run(pack(*texts, max_tokens))
 
     # Speed does not depend on the activation ranges, so there is no calibration.
-    ranges = dict.fromkeys(quantize.linears(PackedBert(model)), 8.0)
+    ranges = dict.fromkeys(quantize.linears(PackedEncoder(model)), 8.0)
     systems: dict[str, System] = {PYTORCH: lambda texts: _pytorch(model, texts)}
     with tempfile.TemporaryDirectory(prefix="aisle-bench-") as folder:
         onnx = Path(folder, "model.onnx")
 
-        def engine(graph: PackedBert, precision: str) -> Callable[[Packed], npt.NDArray[np.float32]]:
+        def engine(graph: PackedEncoder, precision: str) -> Callable[[Packed], npt.NDArray[np.float32]]:
             say(f"compiling {type(graph).__name__}, {precision}")
             export(graph, max_tokens, onnx)
             return openvino_runner(onnx, EngineSpec("openvino", precision, max_tokens, model.config.num_labels, ""))
 
         for precision in ("fp32", "bf16"):
-            systems[f"packed rows, {precision}"] = over_packed(engine(PackedBert(model, DTYPES[precision]), precision))
-        rows = engine(quantize.quantized(PackedBert(model, DTYPES["int8"]), ranges), "int8")
-        windows = engine(quantize.quantized(FlatBert(model, DTYPES["int8"]), ranges), "int8")
+            systems[f"packed rows, {precision}"] = over_packed(
+                engine(PackedEncoder(model, DTYPES[precision]), precision)
+            )
+        rows = engine(quantize.quantized(PackedEncoder(model, DTYPES["int8"]), ranges), "int8")
+        windows = engine(quantize.quantized(FlatEncoder(model, DTYPES["int8"]), ranges), "int8")
     return systems | {
         SERVED: over_packed(rows),
         "flat windowed, int8": lambda texts: windows(flat(texts, max_tokens)),

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aisle.build.graph import MASKED, PackedBert, PackedLayer
+from aisle.build.encoder import Shape
+from aisle.build.graph import MASKED, PackedAttention, PackedEncoder
 from aisle.preprocess.pack import Packed
 
 Texts = tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]  # tokens end to end, length of each text
 
 
 def padded(texts: Texts, width: int | None = None) -> Packed:
-    """Put one text in each row, padded to the longest text or to `width`. PackedBert then computes the padding too."""
+    """Put one text in each row, padded to the longest or to `width`. `PackedEncoder` then computes the padding too."""
     tokens, lengths = texts
     width = width or int(lengths.max())
     shape = (len(lengths), width)
@@ -43,16 +44,15 @@ def flat(texts: Texts, window: int) -> Packed:
     return Packed(row[0], row[1], row[2], starts)
 
 
-class FlatBert(PackedBert):
+class FlatEncoder(PackedEncoder):
     """Concatenated texts; each row of queries attends to the row before it, itself and the row after it.
 
     This is exact if no text is longer than a row. It is the blocked sliding window of Beltagy et al. 2020, "Longformer"
     (arXiv:2004.05150).
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
-        self.layers = nn.ModuleList(FlatLayer(layer, model.config, dtype) for layer in model.bert.encoder.layer)
+    def attention(self, shape: Shape, number: int, dtype: torch.dtype) -> nn.Module:
+        return FlatAttention(shape, number, dtype)
 
     def mask(self, segment_ids: Tensor) -> Tensor:
         """Return the attention bias, [rows, 1, width, 3 × width]."""
@@ -60,7 +60,7 @@ class FlatBert(PackedBert):
         return torch.where((segment_ids[:, :, None] == keys[:, None, :])[:, None], 0.0, MASKED)
 
 
-class FlatLayer(PackedLayer):
+class FlatAttention(PackedAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return super().attend(q, around(k, 2), around(v, 2), mask)
 

@@ -27,6 +27,7 @@ from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.decisions import Decisions
+from aisle.train.core.families import check_family
 from aisle.train.core.sample import Sample, read_sample, write_sample
 from aisle.train.core.settings import DecisionTargets
 
@@ -60,7 +61,7 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> Any:
-        """The `BertForSequenceClassification` in fp32 on the CPU, in evaluation mode."""
+        """The classifier of transformers in fp32 on the CPU, in evaluation mode."""
         return _load_model(self.folder, self.labels)
 
     @cached_property
@@ -115,17 +116,16 @@ def _load_model(folder: Path, labels: Sequence[str]) -> Any:
             weight is not finite.
     """
     import torch
-    from transformers import BertForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{folder}/config.json is damaged: {error}") from None
-    if config.get("model_type") != "bert":
-        raise InputError(f"{folder} holds a {config.get('model_type')!r} model; only BERT can be served")
+    check_family(config.get("model_type"), folder)
     try:
         # Always fp32, whatever type the file has: the engine decides on smaller types.
-        model = BertForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except Exception as error:  # safetensors and transformers each raise their own

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from aisle.console import say
 from aisle.errors import InputError
@@ -25,6 +25,7 @@ from aisle.preprocess.clean import clean_rows, content_key
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.tables.table import fingerprint, read_labelled
 from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.families import dropout_settings
 from aisle.train.core.linear import LinearTeacher
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of, pad
@@ -33,7 +34,7 @@ from aisle.train.core.resume import STATE, check_replaceable, identity, working_
 from aisle.train.core.sample import warn_of_few
 from aisle.train.core.settings import SCRATCH, StudentSpec, TrainingSettings
 from aisle.train.core.split import Split, is_learnt, split
-from aisle.train.fit.loop import Hooks, Scalars, fit
+from aisle.train.fit.loop import LAYER, Hooks, Scalars, fit
 from aisle.train.fit.model import check_settings, from_pretrained
 from aisle.train.fit.pretrain import unlabelled
 from aisle.train.fit.prune import prune_vocabulary
@@ -56,7 +57,7 @@ def distil(
 ) -> dict[str, Any]:
     """Train a student on a table and the answers of some teachers; write the student's checkpoint to `out`.
 
-    The probabilities of several teachers are averaged; their tokenizers may differ. If `settings.model` names a BERT,
+    The probabilities of several teachers are averaged; their tokenizers may differ. If `settings.model` names a model,
     the student starts from it, with its tokenizer, and not from the teacher. Resumes after a kill, and runs under
     torchrun, as `train` does.
 
@@ -75,7 +76,7 @@ def distil(
     settings = replace(settings, max_tokens=checkpoints[0].tokenizer.max_tokens)
     check_settings(settings)
     if settings.from_scratch:
-        check_student(BertConfig.from_pretrained(folders[0], local_files_only=True), spec)
+        check_student(AutoConfig.from_pretrained(folders[0], local_files_only=True), spec)
     for checkpoint in checkpoints:
         _ = checkpoint.labels  # a bad checkpoint is refused before the table, which may be large, is read
     labelling = checkpoints[0].labelling
@@ -192,11 +193,12 @@ def spaced(layers: int, of: int) -> list[int]:
     return [round(layer * of / layers) for layer in range(1, layers + 1)]
 
 
-def check_student(teacher: BertConfig, spec: StudentSpec) -> tuple[int, int]:
+def check_student(teacher: Any, spec: StudentSpec) -> tuple[int, int]:
     """Return a student's layers and hidden size.
 
     Raises:
-        InputError: it is larger than the teacher, or its size cannot be divided into attention heads.
+        InputError: it is larger than the teacher, its size cannot be divided into attention heads, or it is narrower
+            than a teacher whose embeddings have a size of their own.
     """
     deep, wide, head = (
         teacher.num_hidden_layers,
@@ -210,6 +212,11 @@ def check_student(teacher: BertConfig, spec: StudentSpec) -> tuple[int, int]:
         )
     if size % head:
         raise InputError(f"a hidden size of {size} cannot be divided into heads of {head}; give a multiple of {head}")
+    if size != wide and (getattr(teacher, "embedding_size", wide) != wide or teacher.model_type == "albert"):
+        raise InputError(
+            f"the embeddings of a {teacher.model_type!r} teacher have a size of their own; give its student the same "
+            f"hidden size, {wide}"
+        )
     return layers, size
 
 
@@ -223,25 +230,38 @@ def student_of(teacher: Any, spec: StudentSpec, dropout: float) -> tuple[Any, Te
     config = copy.deepcopy(teacher.config)
     width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     layers, size = check_student(config, spec)
+    chosen = spaced(layers, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):  # ModernBERT's local and global layers
+        config.layer_types = [config.layer_types[number - 1] for number in chosen]
+    if config.model_type == "deberta-v2":
+        config.pooler_hidden_size = size
+    if getattr(config, "embedding_size", size) == width:
+        config.embedding_size = size
     config.num_hidden_layers, config.hidden_size, config.num_attention_heads = layers, size, size // head
     config.intermediate_size = config.intermediate_size * size // width
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    student = BertForSequenceClassification(config)
+    config.update(dropout_settings(config.model_type, dropout))
+    student = AutoModelForSequenceClassification.from_config(config).float()
     if size == width:
-        for own, number in zip(
-            student.bert.encoder.layer, spaced(layers, teacher.config.num_hidden_layers), strict=True
-        ):
-            own.load_state_dict(teacher.bert.encoder.layer[number - 1].state_dict())
-        for part in ("bert.embeddings", "bert.pooler", "classifier"):
-            student.get_submodule(part).load_state_dict(teacher.get_submodule(part).state_dict())
+        _copy_layers(student, teacher, chosen)
         return student, None
-    words = teacher.bert.embeddings.word_embeddings.weight.detach().cpu()
+    words = teacher.get_input_embeddings().weight.detach().cpu()
     basis = torch.linalg.eigh(words.T @ words).eigenvectors[:, -size:].contiguous()  # of the largest eigenvalues
     with torch.no_grad():
-        for part in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-            source = getattr(teacher.bert.embeddings, part).weight.detach().cpu()
-            getattr(student.bert.embeddings, part).weight.copy_(source @ basis)
+        for name, table in student.named_modules():
+            if isinstance(table, nn.Embedding) and table.embedding_dim == size:
+                table.weight.copy_(teacher.get_submodule(name).weight.detach().cpu() @ basis)
     return student, basis
+
+
+def _copy_layers(student: Any, teacher: Any, chosen: Sequence[int]) -> None:
+    """Copy the teacher's weights into a student of the same width, from the chosen layers, counted from 1."""
+    weights = teacher.state_dict()
+
+    def source(name: str) -> str:
+        return LAYER.sub(lambda found: found[0].replace(found[1], str(chosen[int(found[1])] - 1)), name, count=1)
+
+    # ALBERT's layers have the same weights, whatever their number.
+    student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})
 
 
 class ProjectedStudent(nn.Module):
@@ -305,7 +325,7 @@ class Teachers:
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Return the first teacher's hidden states, each [texts, tokens, hidden size]: embeddings, then each layer."""
         with torch.no_grad():
-            output = self.models[0].bert(input_ids, attention_mask, output_hidden_states=True)
+            output = self.models[0].base_model(input_ids, attention_mask, output_hidden_states=True)
         states: tuple[Tensor, ...] = output.hidden_states
         return states
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,6 +23,9 @@ from aisle.train.core.resume import load_state, save_state
 from aisle.train.core.settings import TrainingSettings
 
 Tokens = Sequence[Sequence[int]]
+# Parameters by their names in transformers: those of a layer, and those below all layers. ALBERT's layers are one.
+LAYER = re.compile(r"\.layers?\.(\d+)\.")
+EMBEDDINGS = re.compile(r"embedding|\.encoder\.LayerNorm\.")
 Scalars = dict[str, float]
 
 
@@ -203,12 +207,10 @@ def parameter_groups(model: Any, settings: TrainingSettings) -> list[dict[str, A
     rate = base_rate(model, settings)
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if ".embeddings." in name:
-            below = layers + 1
-        elif ".encoder.layer." in name:
-            below = layers - int(name.split(".encoder.layer.")[1].split(".")[0])
+        if found := LAYER.search(name):
+            below = layers - int(found[1])
         else:
-            below = 0
+            below = layers + 1 if EMBEDDINGS.search(name) else 0
         groups.setdefault((below if decay != 1 else 0, parameter.dim() > 1), []).append(parameter)
     return [
         {"params": group, "lr": rate * decay**below, "weight_decay": settings.weight_decay if matrices else 0.0}

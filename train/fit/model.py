@@ -1,4 +1,4 @@
-"""The model to train: a small BERT from scratch, or a pretrained BERT."""
+"""The model to train: a small BERT from scratch, or a pretrained encoder of any supported family."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from aisle.errors import InputError
 from aisle.preprocess.encode import SPECIAL
 from aisle.train.core.checkpoint import Checkpoint, check_finite, check_names, check_pieces
+from aisle.train.core.families import check_family, dropout_settings, output_layer, token_limit
 from aisle.train.core.hub import is_local
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.fit.embed import embed
@@ -113,11 +120,11 @@ def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def from_pretrained(name: str, labels: Sequence[str], max_tokens: int, dropout: float) -> tuple[Any, Tokenizer]:
-    """Load a BERT and its fast tokenizer, with a new classifier on top; raises as `load_bert`.
+    """Load an encoder and its fast tokenizer, with a new classifier on top; raises as `load_model`.
 
     From a checkpoint, the classifier keeps the rows of the categories that both have.
     """
-    model, tokenizer = load_bert(BertForSequenceClassification, name, max_tokens, dropout, **label_names(labels))
+    model, tokenizer = load_model(AutoModelForSequenceClassification, name, max_tokens, dropout, **label_names(labels))
     if (Path(name) / "labels.json").is_file():
         _keep_known(model, Path(name), labels)
     return model, tokenizer
@@ -130,29 +137,30 @@ def _keep_known(model: Any, checkpoint: Path, labels: Sequence[str]) -> None:
     before = {label: i for i, label in enumerate(names)}
     known = [i for i, label in enumerate(labels) if label in before]
     weights = load_file(checkpoint / "model.safetensors")
+    last = output_layer(model)
+    prefix = next(name for name, module in model.named_modules() if module is last)
     with torch.no_grad():
         for name in ("weight", "bias"):
-            rows = weights[f"classifier.{name}"][[before[labels[i]] for i in known]]
-            getattr(model.classifier, name)[known] = rows.to(model.dtype)
+            rows = weights[f"{prefix}.{name}"][[before[labels[i]] for i in known]]
+            getattr(last, name)[known] = rows.to(model.dtype)
 
 
-def load_bert(architecture: Any, name: str, max_tokens: int, dropout: float, **more: Any) -> tuple[Any, Tokenizer]:
-    """Load a BERT and its fast tokenizer from a local folder or the Hugging Face hub.
+def load_model(architecture: Any, name: str, max_tokens: int, dropout: float, **more: Any) -> tuple[Any, Tokenizer]:
+    """Load an encoder and its fast tokenizer from a local folder or the Hugging Face hub.
 
     Weights of any type are converted to fp32.
 
     Raises:
-        InputError: it cannot be loaded, is not a BERT, has no fast tokenizer, or reads fewer than `max_tokens` tokens;
-            or its tokenizer and weights do not fit together.
+        InputError: it cannot be loaded, is of another family, has no fast tokenizer, or reads fewer than `max_tokens`
+            tokens; or its tokenizer and weights do not fit together.
     """
-    check_bert(name, max_tokens)
+    config = check_model(name, max_tokens)
     local = is_local(name)
     try:
         tokenizer = _load_tokenizer(name, local)
         model = architecture.from_pretrained(
             name,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+            **dropout_settings(config.model_type, dropout),
             ignore_mismatched_sizes=True,  # a classifier for other labels is replaced
             use_safetensors=True,  # never a pickle, which can run code
             dtype=torch.float32,
@@ -179,8 +187,10 @@ def _load_tokenizer(name: str, local: bool) -> Any:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local).backend_tokenizer
 
 
-def check_bert(name: str, max_tokens: int) -> None:
-    """Check by its configuration that a model is a BERT and reads `max_tokens` tokens.
+def check_model(name: str, max_tokens: int) -> Any:
+    """Check by its configuration that a model is of a supported family and reads `max_tokens` tokens.
+
+    Returns the configuration.
 
     Raises:
         InputError: it is not, or it cannot be found.
@@ -190,10 +200,10 @@ def check_bert(name: str, max_tokens: int) -> None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # hub and file errors
         raise InputError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
-    if config.model_type != "bert":
-        raise InputError(f"{name} is a {config.model_type!r} model; give a BERT")
-    if config.max_position_embeddings < max_tokens:
-        raise InputError(f"{name} reads {config.max_position_embeddings} tokens at most; lower --max-tokens")
+    check_family(config.model_type, name)
+    if token_limit(config) < max_tokens:
+        raise InputError(f"{name} reads {token_limit(config)} tokens at most; lower --max-tokens")
+    return config
 
 
 def check_settings(settings: TrainingSettings) -> None:
@@ -211,7 +221,7 @@ def check_settings(settings: TrainingSettings) -> None:
     if settings.from_scratch:
         heads(settings.hidden_size)
     else:
-        check_bert(settings.model, settings.max_tokens)
+        check_model(settings.model, settings.max_tokens)
 
 
 def label_names(labels: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from aisle.train.core.resume import STATE, check_replaceable, identity, put_in_p
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import is_held_out, is_validation
 from aisle.train.fit.loop import Hooks, Scalars, fit, like_lengths
-from aisle.train.fit.model import check_settings, load_bert, new_bert
+from aisle.train.fit.model import check_model, check_settings, load_model, new_bert
 
 MASKED = 0.15  # of the words
 
@@ -56,6 +56,8 @@ def pretrain(
     start = time.perf_counter()
     check_replaceable(out, "pretraining.json", overwrite)
     check_settings(settings)
+    if not settings.from_scratch and (kind := check_model(settings.model, settings.max_tokens).model_type) != "bert":
+        raise InputError(f"{settings.model} is a {kind!r} model; only a BERT can be pretrained further")
     texts, validation = read_texts(data, text_column)
     made_from = [{"file": path.name, "sha256": fingerprint(path), "column": text_column} for path in data]
     with processes() as world, working_folder(out, identity(settings, made_from, world), is_main=world.is_main) as work:
@@ -64,7 +66,7 @@ def pretrain(
         if settings.from_scratch:
             model, tokenizer = new_bert(MaskedBert, texts, settings)
         else:
-            model, tokenizer = load_bert(MaskedBert, settings.model, settings.max_tokens, settings.dropout)
+            model, tokenizer = load_model(MaskedBert, settings.model, settings.max_tokens, settings.dropout)
         task = MaskedWords(tokenizer, texts, validation, settings, world.device)
         history = fit(model, task, settings, world, Hooks(work / STATE, save_every, log_dir))
         result = {

@@ -16,6 +16,7 @@ from aisle.errors import InputError
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.checkpoint import Checkpoint, write_checkpoint
+from aisle.train.core.families import first_position
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
 from aisle.train.core.resume import check_replaceable, put_in_place, working_folder
@@ -36,7 +37,8 @@ def prune(
     Returns the sizes before and after, and the agreement of both models on the checkpoint's held-out sample.
 
     Raises:
-        InputError: a table or the checkpoint cannot be read, or its tokenizer is neither WordPiece nor Unigram.
+        InputError: a table or the checkpoint cannot be read, or its tokenizer is of another kind than WordPiece,
+            Unigram and BPE.
     """
     check_replaceable(out, "training.json", overwrite)
     source = Checkpoint(checkpoint)
@@ -80,23 +82,25 @@ def prune_vocabulary(
     """Drop pieces from a model, in place, and from its tokenizer, which is written to `folder`.
 
     If `least` is 1, each text keeps its pieces and so its logits: WordPiece takes the longest piece that fits, Unigram
-    the most likely ones, and all of these are kept.
+    the most likely ones, BPE merges pieces in a fixed order, and all of these pieces are kept.
 
     Returns the new tokenizer, and how many pieces there were and are.
 
     Raises:
-        InputError: the tokenizer is neither WordPiece nor Unigram.
+        InputError: the tokenizer is of another kind.
     """
     file = folder / "tokenizer.json"
     tokenizer.save(file)
     backend = Tokenizer.from_file(str(file))
     keep = needed(backend, texts, least)
+    if first := first_position(model.config):  # positions are counted from the number of the padding token
+        keep = sorted({*range(first), *keep})
     shrink(backend, keep).save(str(file))
 
-    embeddings, padding = model.bert.embeddings, model.config.pad_token_id
-    old = embeddings.word_embeddings.weight.detach()
+    padding = model.config.pad_token_id
+    old = model.get_input_embeddings().weight.detach()
     padding = keep.index(padding) if padding in keep else None
-    embeddings.word_embeddings = torch.nn.Embedding(len(keep), old.shape[1], padding, _weight=old[keep].clone())
+    model.set_input_embeddings(torch.nn.Embedding(len(keep), old.shape[1], padding, _weight=old[keep].clone()))
     model.config.vocab_size, model.config.pad_token_id = len(keep), padding
     return TextTokenizer(file), {"vocabulary": {"before": len(old), "after": len(keep)}}
 
@@ -108,7 +112,7 @@ def needed(tokenizer: Tokenizer, texts: Sequence[str], least: int) -> list[int]:
     into smaller pieces and does not become [UNK].
 
     Raises:
-        InputError: the tokenizer is neither WordPiece nor Unigram (SentencePiece's, of the multilingual BERTs).
+        InputError: the tokenizer is neither WordPiece nor Unigram (SentencePiece's) nor BPE.
     """
     spec = json.loads(tokenizer.to_str())
     model = spec["model"]
@@ -120,14 +124,38 @@ def needed(tokenizer: Tokenizer, texts: Sequence[str], least: int) -> list[int]:
         mark = "▁"  # marks the space before a word
         # The least likely piece sets the score of unknown characters.
         special |= {model["vocab"][model["unk_id"] or 0][0], min(model["vocab"], key=lambda piece: piece[1])[0], mark}
+    elif model["type"] == "BPE":
+        mark = "▁"
+        special |= {piece for piece in model["vocab"] if len(piece) == 1}  # the bytes or characters that are merged
     else:
-        raise InputError(f"a {model['type']} vocabulary cannot be pruned; only WordPiece and Unigram can")
+        raise InputError(f"a {model['type']} vocabulary cannot be pruned; only WordPiece, Unigram and BPE can")
     counts, characters = _count_pieces(tokenizer, texts)
-    return sorted(
-        number
+    keep = {
+        piece
         for piece, number in tokenizer.get_vocab().items()
         if piece in special or counts[number] >= least or piece in characters or piece.removeprefix(mark) in characters
-    )
+    }
+    if model["type"] == "BPE":
+        keep = _with_parts(keep, _merges(model))
+    return sorted(number for piece, number in tokenizer.get_vocab().items() if piece in keep)
+
+
+def _merges(model: dict[str, Any]) -> list[list[str]]:
+    """Return the pairs of pieces that BPE merges, in order."""
+    return [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+
+
+def _with_parts(pieces: set[str], merges: Sequence[Sequence[str]]) -> set[str]:
+    """Return the pieces, and those that they are merged from."""
+    parts: dict[str, set[str]] = {}
+    for left, right in merges:
+        parts.setdefault(left + right, set()).update((left, right))
+    found, waiting = set(pieces), list(pieces)
+    while waiting:
+        more = parts.get(waiting.pop(), set()) - found
+        found |= more
+        waiting += more
+    return found
 
 
 def _count_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Counter[int], set[str]]:
@@ -155,6 +183,8 @@ def shrink(tokenizer: Tokenizer, keep: Sequence[int]) -> Tokenizer:
         model["unk_id"] = new.get(model["unk_id"])
     else:
         model["vocab"] = {piece: new[number] for piece, number in model["vocab"].items() if number in new}
+    if model["type"] == "BPE":
+        model["merges"] = [pair for pair in _merges(model) if {*pair, "".join(pair)} <= model["vocab"].keys()]
     for token in spec["added_tokens"]:
         token["id"] = new[token["id"]]
     processor = spec["post_processor"] or {}

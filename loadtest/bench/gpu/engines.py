@@ -18,9 +18,9 @@ from aisle.build.cuda_runner import CudaRunner
 from aisle.build.cuda_version import DTYPES, load_runner
 from aisle.build.engine import EngineSpec
 from aisle.build.gate import GATES, Gate
-from aisle.build.graph import PackedBert
+from aisle.build.graph import PackedEncoder
 from aisle.build.repository import latest_version
-from aisle.build.varlen import Shape, VarlenBert, copy_weights
+from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.loadtest.bench.fixtures import random_checkpoint, read_texts
 from aisle.loadtest.bench.gpu.measure import (
     Batch,
@@ -147,13 +147,7 @@ def _padded(bench: Bench, model: Any, name: str) -> Iterator[Row]:
 
 def packed(bench: Bench) -> Iterator[Row]:
     """Measure packed rows, the layout for CPUs, in a CUDA graph, with and without torch.compile."""
-    graph = PackedBert(bench.model(), torch.float16).eval()
-    for each in graph.modules():  # the norms hold plain tensors, which `.to(device)` does not move
-        for attribute in ("weight", "bias"):
-            value = vars(each).get(attribute)
-            if isinstance(value, torch.Tensor):
-                setattr(each, attribute, value.to(device()))
-    graph.to(device())
+    graph = PackedEncoder(bench.model(), torch.float16).eval().to(device())
     for name, module in (("packed rows", graph), ("packed rows, compiled", compiled(graph))):
         for size in bench.sizes:
             batch = bench.batches(size)[0]
@@ -220,7 +214,7 @@ def _flat(
     compiled: bool = True,
 ) -> Iterator[Row]:
     model = bench.model()
-    module = VarlenBert(Shape.of(model), 128, DTYPES[precision], fuse_gelu=fuse_gelu)
+    module = VarlenEncoder(shape_of(model), 128, DTYPES[precision], fuse_gelu=fuse_gelu)
     copy_weights(module, model)
     if precision == "fp8":
         fp8.quantize(module, largest)
@@ -255,7 +249,7 @@ def _startup_costs(runner: CudaRunner) -> Row:
 def _largest_inputs(bench: Bench) -> dict[str, float]:
     """Return the largest inputs of the linear layers on a few texts. Speed does not depend on them."""
     tokens, lengths = bench.batches(8)[0]
-    return fp8.largest_inputs(PackedBert(bench.model()).eval(), [pack(tokens, lengths, 128)])
+    return fp8.largest_inputs(PackedEncoder(bench.model()).eval(), [pack(tokens, lengths, 128)])
 
 
 def versions(bench: Bench) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 MAX_BATCH = 256
 
@@ -17,7 +17,7 @@ class Service:
     def __init__(self, checkpoint: str) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        model: Any = BertForSequenceClassification.from_pretrained(checkpoint)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(checkpoint)
         self.model = model.eval().to(self.device, torch.float16)
         self.waiting: asyncio.Queue[tuple[str, asyncio.Future[int]]] = asyncio.Queue()
 

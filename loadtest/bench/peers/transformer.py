@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 class Classifier:
@@ -13,7 +13,8 @@ class Classifier:
         """Load a checkpoint. Settings: `dtype` of torch, `threads` per operation, and `compile` for torch.compile."""
         torch.set_num_threads(settings["threads"])
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model = BertForSequenceClassification.from_pretrained(checkpoint).eval().to(getattr(torch, settings["dtype"]))
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+        model = model.to(getattr(torch, settings["dtype"]))
         self.names = model.config.id2label
         self.model = torch.compile(model, dynamic=True) if settings["compile"] else model
 

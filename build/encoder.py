@@ -1,0 +1,207 @@
+"""The encoder as every target computes it: embeddings, layers and classifier of any family, without attention.
+
+The graphs in `graph.py` (packed rows) and `varlen.py` (flat tokens) add attention for their layout of the tokens.
+`families.py` reads the sizes and the weights from a model of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph needs to know of an encoder besides its weights. Target `cuda` saves it in `module.json`."""
+
+    vocabulary: int
+    positions: int  # tokens of the longest text that the encoder can read
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    labels: int
+    activation: str  # a key of `ACTIVATIONS`
+    eps: float  # of LayerNorm
+    embedding: int = 0  # size of the embeddings, if they are projected to the hidden size
+    norms_embedding: bool = False  # the embeddings' LayerNorm has the hidden size, after the projection
+    learned_positions: bool = True  # a table of position embeddings
+    head: str = "tanh"  # the activation between the classifier's two layers
+    norm_first: bool = False  # LayerNorm before attention and before the feed-forward part, as in ModernBERT
+    pooling: str = "first"  # the classifier reads the first token, or the "mean" of all tokens
+    windows: tuple[
+        int, ...
+    ] = ()  # of each layer, how many tokens it sees to each side; 0: all. Empty: all layers see all
+    thetas: tuple[float, ...] = ()  # of each layer, the base of its rotary positions; empty: no rotary positions
+    relative: str = ""  # "bias" (MPNet) or "disentangled" (DeBERTa) relative positions
+    buckets: int = 0  # of the disentangled distances
+
+    @property
+    def width(self) -> int:
+        """The size of an attention head."""
+        return self.hidden // self.heads
+
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        object.__setattr__(self, "windows", tuple(self.windows))
+        object.__setattr__(self, "thetas", tuple(self.thetas))
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers, pooling and classifier. A subclass says where texts are, and how its layers attend.
+
+    With a 16-bit `dtype`, embeddings and matrix products use it; sums, LayerNorm and classifier use fp32.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, attention: Callable[[int], nn.Module], layer: type[Layer]
+    ) -> None:
+        """Make a module with uninitialized weights.
+
+        Args:
+            attention: makes the attention of a layer, given its number. It maps the layer's queries, keys and values,
+                […, 3 × hidden], and what the subclass prepared for the batch, to […, hidden].
+            layer: the class of the layers, unless the family has `NormFirstLayer`.
+        """
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+        size = shape.embedding or shape.hidden
+        self.word = nn.Embedding(shape.vocabulary, size, dtype=dtype)
+        self.position = nn.Embedding(shape.positions, size, dtype=dtype) if shape.learned_positions else None
+        self.norm = SumNorm(shape.hidden if shape.norms_embedding else size, shape.eps, dtype)
+        self.widen = nn.Linear(size, shape.hidden, dtype=dtype) if shape.embedding else None
+        kind = NormFirstLayer if shape.norm_first else layer
+        self.layers = nn.ModuleList(kind(shape, dtype, number, attention(number)) for number in range(shape.layers))
+        self.last_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
+        self.pooler = nn.Linear(shape.hidden, shape.hidden)
+        self.head_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
+        self.classifier = nn.Linear(shape.hidden, shape.labels)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the first layer's input […, hidden], for token ids and positions of any shape."""
+        words = self.word(input_ids)
+        positions = None if self.position is None else self.position(position_ids)
+        if self.widen is None:
+            hidden: Tensor = self.norm(words, positions)
+        elif self.shape.norms_embedding:
+            hidden = self.norm(self.widen(words if positions is None else words + positions))
+        else:
+            hidden = self.widen(self.norm(words, positions))
+        return hidden
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Return logits [texts, labels] in fp32 of pooled hidden states [texts, hidden]."""
+        features = ACTIVATIONS[self.shape.head](self.pooler(pooled.float()))
+        if self.head_norm is not None:
+            features = self.head_norm(features)
+        logits: Tensor = self.classifier(features)
+        return logits
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """Apply the LayerNorm after the last layer, in families that have one."""
+        return hidden if self.last_norm is None else self.last_norm(hidden)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights that `families.Family.weights` returns, and convert them to the types used here."""
+        with torch.no_grad():
+            for name, own in [*self.named_parameters(), *self.named_buffers()]:
+                own.copy_(weights[name].detach())
+
+
+class Layer(nn.Module):
+    """A layer with LayerNorm after attention and after the feed-forward part, as in BERT."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, number: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.activation = attention, ACTIVATIONS[shape.activation]
+        self.qkv: nn.Module = nn.Linear(shape.hidden, 3 * shape.hidden, dtype=dtype)
+        self.project: nn.Module = nn.Linear(shape.hidden, shape.hidden, dtype=dtype)
+        self.norm = SumNorm(shape.hidden, shape.eps, dtype)
+        self.up: nn.Module = nn.Linear(shape.hidden, shape.intermediate, dtype=dtype)
+        self.down: nn.Module = nn.Linear(shape.intermediate, shape.hidden, dtype=dtype)
+        self.norm_out = SumNorm(shape.hidden, shape.eps, dtype)
+
+    def forward(self, hidden: Tensor, batch: Any, keep: Tensor | None = None) -> Tensor:
+        """Return the layer's output […, hidden], or only [texts, hidden] for the flattened tokens `keep`."""
+        context = self.attention(self.qkv(hidden), batch)
+        if keep is not None:
+            hidden, context = hidden.flatten(0, -2)[keep], context.flatten(0, -2)[keep]
+        hidden = self.norm(hidden, self.project(context))
+        output: Tensor = self.norm_out(hidden, self.down(self.expand(hidden)))
+        return output
+
+    def expand(self, hidden: Tensor) -> Tensor:
+        """Return the feed-forward part's wide activations."""
+        return self.activation(self.up(hidden))
+
+
+class NormFirstLayer(nn.Module):
+    """A layer of ModernBERT: LayerNorm before each part, and a gated feed-forward part (GeGLU, Shazeer 2020).
+
+    The sums over the layers grow, so they stay in fp32.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, number: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.activation = attention, ACTIVATIONS[shape.activation]
+        # The embeddings are normalized already.
+        self.norm: nn.Module = SumNorm(shape.hidden, shape.eps, dtype) if number else nn.Identity()
+        self.qkv: nn.Module = nn.Linear(shape.hidden, 3 * shape.hidden, dtype=dtype)
+        self.project: nn.Module = nn.Linear(shape.hidden, shape.hidden, dtype=dtype)
+        self.norm_out = SumNorm(shape.hidden, shape.eps, dtype)
+        self.up: nn.Module = nn.Linear(shape.hidden, 2 * shape.intermediate, dtype=dtype)
+        self.down: nn.Module = nn.Linear(shape.intermediate, shape.hidden, dtype=dtype)
+
+    def forward(self, hidden: Tensor, batch: Any, keep: Tensor | None = None) -> Tensor:
+        """Return the layer's output […, hidden] in fp32, or only [texts, hidden] for the flattened tokens `keep`."""
+        context = self.attention(self.qkv(self.norm(hidden)), batch)
+        if keep is not None:
+            hidden, context = hidden.flatten(0, -2)[keep], context.flatten(0, -2)[keep]
+        hidden = hidden.float() + self.project(context).float()
+        wide, gate = self.up(self.norm_out(hidden)).chunk(2, dim=-1)
+        output: Tensor = hidden + self.down(self.activation(wide) * gate).float()
+        return output
+
+
+class SumNorm(nn.Module):
+    """LayerNorm of a sum, computed in fp32 for every input and output type."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps, self.dtype = eps, dtype
+
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        total = a.float() if b is None else a.float() + b.float()
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys by their positions (Su et al. 2021, "RoFormer", arXiv:2104.09864), in fp32.
+
+    Args:
+        cos: as `sin`, […, width], broadcast against `x`.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+def inverse_frequencies(theta: float, width: int) -> Tensor:
+    """Return the rotary frequencies [width / 2] of a base."""
+    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float) / width)

@@ -1,0 +1,92 @@
+"""Every encoder family is computed without padding as transformers computes it with padding."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForTokenClassification
+
+from aisle.build.families import FAMILIES, family_of
+from aisle.build.graph import PackedEncoder
+from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
+from aisle.errors import InputError
+from aisle.preprocess.pack import pack
+from aisle.train.core.families import SUPPORTED
+from tests.families import FLAT, MODELS, random_model
+
+Ints = npt.NDArray[np.int64]
+
+
+def texts_of(longest: int, seed: int = 0) -> tuple[Ints, Ints]:
+    """Return token ids end to end, none of them padding, and the lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, 9)
+    lengths[0], lengths[1] = longest, 1
+    return rng.integers(3, 500, lengths.sum()), lengths
+
+
+def padded_logits(model: Any, tokens: Ints, lengths: Ints) -> torch.Tensor:
+    """Return the logits of transformers, one text at a time: then not even its own padding is involved."""
+    texts = np.split(tokens, np.cumsum(lengths)[:-1])
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=torch.from_numpy(text)[None]).logits for text in texts])
+
+
+def test_all_supported_families_are_compiled() -> None:
+    assert FAMILIES.keys() == SUPPORTED.keys() == {kind for kind, _ in MODELS.values()}
+
+
+@pytest.mark.parametrize("longest", [20, 128, 512])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_are_exact(name: str, longest: int) -> None:
+    model = random_model(name)
+    tokens, lengths = texts_of(longest)
+    with torch.inference_mode():
+        actual = PackedEncoder(model).eval()(*map(torch.from_numpy, pack(tokens, lengths, longest)))
+    expected = padded_logits(model, tokens, lengths)
+    assert expected.std() > 0.1
+    assert (actual - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_tokens_are_exact(name: str) -> None:
+    model = random_model(name)
+    tokens, lengths = texts_of(128)
+    module = copy_weights(VarlenEncoder(shape_of(model), 128, torch.float32), model)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    with torch.inference_mode():
+        actual = module(*map(torch.from_numpy, (tokens.astype(np.int32), positions, offsets)))
+    assert (actual - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FLAT])
+def test_flash_attention_has_no_relative_positions(name: str) -> None:
+    with pytest.raises(InputError, match="relative positions; use --target"):
+        shape_of(random_model(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("deberta-v3", {"conv_kernel_size": 3, "conv_act": "gelu"}, "convolution"),
+        ("deberta-v3", {"pos_att_type": ["c2p"]}, "both kinds"),
+        ("albert", {"inner_group_num": 2}, "inner_group_num"),
+        ("bert", {"hidden_act": "mish"}, "activation 'mish'"),
+        ("bert", {"is_decoder": True}, "cannot compile a BertForSequenceClassification"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_by_name(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        family_of(random_model(name, **settings))
+
+
+def test_other_heads_and_families_are_refused() -> None:
+    config = AutoConfig.for_model("bert", **MODELS["bert"][1])
+    with pytest.raises(InputError, match="cannot compile a BertForTokenClassification"):
+        family_of(BertForTokenClassification(config))
+    other = AutoConfig.for_model("squeezebert", **MODELS["bert"][1], embedding_size=64)
+    with pytest.raises(InputError, match=r"SqueezeBertForSequenceClassification; give .*ModernBertForSequence"):
+        family_of(AutoModelForSequenceClassification.from_config(other))
