@@ -39,6 +39,7 @@ from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess import fast
+from aisle.preprocess.pack import WIDEST
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core import decisions, sample
 from aisle.train.core.checkpoint import Checkpoint
@@ -84,6 +85,11 @@ def build(
     with checkpoint_of(source) as checkpoint:
         loaded = Checkpoint(checkpoint, max_tokens)
         spec = EngineSpec(target, precision, loaded.tokenizer.max_tokens, len(loaded.labels), loaded.fingerprint)
+        if target in compile_tensorrt.MODULES and spec.max_tokens > WIDEST:
+            raise InputError(
+                f"{target} takes texts of up to {WIDEST} tokens, not {spec.max_tokens}; lower --max-tokens, or use "
+                "--target cuda"
+            )
         texts, columns = _tables(checkpoint, data, held_out)
         made_with = recipe(spec, gate, [*texts, checkpoint / decisions.FILE], columns, options)
         if (number := _built_before(repository, made_with)) is not None:

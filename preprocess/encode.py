@@ -49,6 +49,7 @@ class TextTokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{tokenizer_json} is not a fast tokenizer: {error}") from None
         self._tokenizer.no_padding()
+        read_special_tokens_as_text(self._tokenizer)
         if max_tokens or self._tokenizer.truncation is None:
             self._tokenizer.enable_truncation(max_tokens or MAX_TOKENS)
         truncation: Any = self._tokenizer.truncation
@@ -82,10 +83,16 @@ class TextTokenizer:
         Raises:
             InputError: a word is masked, but the tokenizer has no mask token.
         """
-        if any(MASK in text for text in texts):
+        found = self.tokens(texts)
+        masked = [i for i, text in enumerate(texts) if MASK in text]
+        if masked:
             own = special_tokens(self._tokenizer)["mask"]
-            texts = [text.replace(MASK, own) for text in texts]
-        return self.tokens(texts)
+            self._tokenizer.encode_special_tokens = False
+            encodings = self._tokenizer.encode_batch_fast([texts[i].replace(MASK, own) for i in masked])
+            read_special_tokens_as_text(self._tokenizer)
+            for i, encoding in zip(masked, encodings, strict=True):
+                found[i] = encoding.ids
+        return found
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]], bool]:
         """Return the token ids, where in the text each token starts and ends, and whether tokens were cut off.
@@ -177,6 +184,11 @@ def _ragged(rows: Sequence[Sequence[int]]) -> Ragged:
 def _with_rows(read: Ragged, replaced: Mapping[int, Any]) -> Ragged:
     """Return token ids of which some texts' are replaced."""
     return _ragged([replaced.get(i, ids) for i, ids in enumerate(read.rows())]) if replaced else read
+
+
+def read_special_tokens_as_text(tokenizer: Tokenizer) -> None:
+    """Make a tokenizer read "[SEP]" in a text as these five characters. tokenizer.json cannot say this."""
+    tokenizer.encode_special_tokens = True
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -175,6 +175,7 @@ class FastTokenizer:
         self._cutter = _cutter(tokenizer, spec)
         if self._cutter:
             spec["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]  # they are text
         self._core: Any = WordPieceTokenizer.from_json(json.dumps(spec))
 
     def __call__(self, texts: Sequence[str], most: int) -> tuple[Ragged, list[int]]:

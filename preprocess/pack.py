@@ -22,6 +22,7 @@ class Packed(NamedTuple):
     cls_index: Ints  # [texts], where each text starts in the flattened rows
 
 
+WIDEST = 512  # tokens; only a longer text gets a wider row, because attention costs the square of the width
 TARGET_FILL = 0.96  # share of tokens that are not padding; above it, narrower rows are not tried
 
 
@@ -38,6 +39,8 @@ def pack(
         narrow: try narrower rows if they have less padding. False for engines that compile each shape.
     """
     total = int(lengths.sum())
+    if narrow:
+        width = min(width, max(WIDEST, -(-int(lengths.max()) // 8) * 8))
     width = min(width, -(-total // 8) * 8)
     starts, rows = _best_fit(lengths, width)
     if narrow and total < TARGET_FILL * rows * width:

@@ -1,9 +1,13 @@
 """Small models of every encoder family, with random weights."""
 
+import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 SIZES = {
     "vocab_size": 500,
@@ -71,8 +75,65 @@ def random_model(name: str, seed: int = 0, labels: int = 7, **settings: Any) -> 
     """Return a classifier with random weights. Biases and norms are not 0 and 1, which would hide a mix-up."""
     torch.manual_seed(seed)
     kind, own = MODELS[name]
-    config = AutoConfig.for_model(kind, **{**own, **settings}, num_labels=labels, initializer_range=0.2)
+    size = {} if "id2label" in settings else {"num_labels": labels}
+    config = AutoConfig.for_model(kind, **{**own, **settings, **size}, initializer_range=0.2)
     model = AutoModelForSequenceClassification.from_config(config).eval().float()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+SHOP = [
+    "红富士苹果新鲜水果脆甜",
+    "蓝牙耳机无线降噪运动",
+    "成猫猫粮鸡肉味大袋",
+    "organic green tea bags",
+    "usb cable 2m fast charge",
+]
+
+
+def shop_texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Return titles and their categories, which the words tell."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = SHOP[number % len(SHOP)]
+        rows.append(
+            ("".join(rng.sample(words, len(words))) + f" {rng.randrange(99)}", f"category {number % len(SHOP)}")
+        )
+    return rows
+
+
+def tokenizer_of(name: str, texts: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer of the kind that the family uses, trained on texts."""
+    kind, _ = MODELS[name]
+    if kind in ("roberta", "modernbert"):
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        more = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    elif kind in ("xlm-roberta", "camembert", "albert", "deberta-v2"):
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        more = {"unk_token": "[UNK]" if kind in ("albert", "deberta-v2") else "<unk>"}
+    else:
+        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        more = {}
+    offset = kind in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if offset else ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    special = [*special, "[UNK]"] if kind == "mpnet" else special
+    tokenizer.train_from_iterator(texts, trainer(vocab_size=400, special_tokens=special, show_progress=False, **more))
+    start, end = (special[0], special[2]) if offset else ("[CLS]", "[SEP]")
+    ends = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
+    return tokenizer
+
+
+def write_model(name: str, folder: Path, texts: Sequence[str], labels: Sequence[str], **settings: Any) -> Any:
+    """Write a classifier with random weights, as transformers does, and return it."""
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model = random_model(name, labels=len(labels), **names, **settings)
+    model.save_pretrained(folder)
+    tokenizer = tokenizer_of(name, texts)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return model

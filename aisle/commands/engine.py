@@ -86,8 +86,8 @@ def build(
     from aisle.build.gate import Gate
     from aisle.build.inputs import DataSource, TextSource
 
-    if max_tokens is not None and max_tokens not in range(64, 513, 64):
-        raise InputError(f"--max-tokens {max_tokens}: give a multiple of 64 from 64 to 512")
+    if max_tokens is not None and max_tokens not in range(64, 8193, 64):
+        raise InputError(f"--max-tokens {max_tokens}: give a multiple of 64 from 64 to 8192")
     if gate and not (0 <= gate[0] <= 1 and 0 <= gate[1] <= 1):
         raise InputError(f"--gate {gate[0]:g} {gate[1]:g}: give two shares, such as 0.98 0.01")
     if (target or best_target()) == "openvino":

@@ -53,7 +53,7 @@ def augmentations() -> list[str]:
 class TrainingSettings:
     """The settings of one training run."""
 
-    model: str = option(SCRATCH, "The BERT to start from, a folder or hub name; or 'scratch'.")
+    model: str = option(SCRATCH, "The encoder to start from, a folder or hub name; or 'scratch'.")
     epochs: int = option(2, "Passes over the training texts.", low=1)
     batch_size: int = option(64, "Texts per step, on all devices together.", low=1, high=65536)
     learning_rate: float | None = option(
@@ -62,7 +62,7 @@ class TrainingSettings:
     warmup: float = 0.1  # share of the steps
     weight_decay: float = option(0.01, "Weight decay of AdamW.", low=0, high=10)
     dropout: float = option(0.1, "Share of the activations that a training step drops.", low=0, high=0.9)
-    max_tokens: int = option(MAX_TOKENS, "Tokens of a text; the rest is cut off.", low=8, high=512)
+    max_tokens: int = option(MAX_TOKENS, "Tokens of a text; the rest is cut off.", low=8, high=8192)
     seed: int = option(0, "Seed of the random numbers.", low=0, high=2**32 - 1)
     augment: tuple[str, ...] = option(
         (), "Vary texts by a technique of augmentation; repeatable.", choices=augmentations

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from aisle.errors import InputError
-from aisle.preprocess.encode import SPECIAL
+from aisle.preprocess.encode import SPECIAL, read_special_tokens_as_text
 from aisle.train.core.checkpoint import Checkpoint, check_finite, check_names, check_pieces
 from aisle.train.core.families import check_family, dropout_settings, output_layer, token_limit
 from aisle.train.core.hub import is_local
@@ -109,6 +109,7 @@ def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     )
     tokenizer.enable_truncation(max_tokens)
+    read_special_tokens_as_text(tokenizer)
     return tokenizer
 
 
@@ -177,6 +178,7 @@ def load_model(architecture: Any, name: str, max_tokens: int, dropout: float, **
         raise InputError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
+    read_special_tokens_as_text(tokenizer)
     return model, tokenizer
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from aisle.console import track
 from aisle.errors import InputError
-from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.encode import TextTokenizer, read_special_tokens_as_text
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.checkpoint import Checkpoint, write_checkpoint
 from aisle.train.core.families import first_position
@@ -162,6 +162,7 @@ def _count_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Counter[i
     """Return how often each piece occurs in the whole texts, and the characters of the texts."""
     whole = Tokenizer.from_str(tokenizer.to_str())
     whole.no_truncation()
+    read_special_tokens_as_text(whole)
     counts: Counter[int] = Counter()
     characters: set[str] = set()
     for start in track(range(0, len(texts), BATCH), "counting pieces"):

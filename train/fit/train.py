@@ -22,6 +22,7 @@ from aisle.train.core.calibration import fit_temperature
 from aisle.train.core.checkpoint import write_checkpoint
 from aisle.train.core.decision_fit import fit_decisions
 from aisle.train.core.decisions import Decisions
+from aisle.train.core.families import output_layer
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of, pad
 from aisle.train.core.processes import Processes, processes
@@ -184,8 +185,8 @@ def calibrate(learnt: Learnt, targets: DecisionTargets) -> None:
     learnt.decisions = fit_decisions(logits / temperature, task.validation_targets, labels, targets)
     say(_accepted(learnt.decisions))
     with torch.no_grad():
-        learnt.model.classifier.weight /= temperature
-        learnt.model.classifier.bias /= temperature
+        output_layer(learnt.model).weight /= temperature
+        output_layer(learnt.model).bias /= temperature
     learnt.temperature = temperature
 
 
