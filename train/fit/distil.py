@@ -238,7 +238,8 @@ def student_of(teacher: Any, spec: StudentSpec, dropout: float) -> tuple[Any, Te
     if getattr(config, "embedding_size", size) == width:
         config.embedding_size = size
     config.num_hidden_layers, config.hidden_size, config.num_attention_heads = layers, size, size // head
-    config.intermediate_size = config.intermediate_size * size // width
+    between = "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
+    setattr(config, between, getattr(config, between) * size // width)
     config.update(dropout_settings(config.model_type, dropout))
     student = AutoModelForSequenceClassification.from_config(config).float()
     if size == width:
