@@ -17,6 +17,7 @@ from aisle.build.adopt import checkpoint_of
 from aisle.build.cuda_device import check_precision, find_device, gpu_problem
 from aisle.build.cuda_runner import CudaRunner
 from aisle.build.cuda_runtime import gpu_name
+from aisle.build.encoder import Shape
 from aisle.build.engine import (
     PRECISIONS,
     Engine,
@@ -205,7 +206,8 @@ def _keep_layers_in_fp16(
 
 def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate: Gate) -> dict[str, Any]:
     """Write, load and check an engine over flat tokens. Without a GPU, the same module is checked on the CPU."""
-    spec = replace(spec, vocabulary=inputs.model.config.vocab_size)
+    shape = replace(shape_of(inputs.model), embeds=True)
+    spec = replace(spec, vocabulary=shape.vocabulary, embedding=shape.hidden)
     spec.save(folder)
     on_gpu = not gpu_problem()
     if on_gpu:
@@ -214,7 +216,7 @@ def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate
         say(f"{gpu_problem()}: the same module is checked on the CPU")
 
     def attempt(skip: Sequence[str] = ()) -> dict[str, Any]:
-        module = _cuda_module(inputs, spec, skip)
+        module = _cuda_module(inputs, spec, shape, skip)
         cuda_version.save(module, folder)
         if on_gpu:
             engine = load_engine(folder)
@@ -237,10 +239,10 @@ def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate
     return _keep_layers_in_fp16(row, attempt, ranking, gate)
 
 
-def _cuda_module(inputs: BuildInputs, spec: EngineSpec, skip: Sequence[str]) -> VarlenEncoder:
+def _cuda_module(inputs: BuildInputs, spec: EngineSpec, shape: Shape, skip: Sequence[str]) -> VarlenEncoder:
     """Return the module with the checkpoint's weights, in the requested precision; layers in `skip` stay in fp16."""
-    shape, dtype = shape_of(inputs.model), cuda_version.DTYPES[spec.precision]
-    module = copy_weights(VarlenEncoder(shape, spec.max_tokens, dtype), inputs.model)
+    module = VarlenEncoder(shape, spec.max_tokens, cuda_version.DTYPES[spec.precision])
+    copy_weights(module, inputs.model)
     check_finite(module, spec.precision)
     if spec.precision == "fp8":
         fp8.quantize(module, inputs.largest_inputs, skip)
@@ -255,7 +257,8 @@ def _build_from_onnx(
     check_finite(graph, spec.precision)
     say(f"exporting the {spec.precision} graph to ONNX")
     export(graph, spec.max_tokens, onnx)
-    spec = replace(spec, graph=fingerprint(onnx), vocabulary=inputs.model.config.vocab_size)
+    shape = graph.shape
+    spec = replace(spec, graph=fingerprint(onnx), vocabulary=shape.vocabulary, embedding=shape.hidden)
     say(f"compiling it with {spec.target}")
     checked_on = spec.target
     if spec.target == "openvino":

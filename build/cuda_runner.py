@@ -75,7 +75,7 @@ class CudaRunner:
             raise InputError(too_little_memory(device)) from None
 
     def __call__(self, tokens: Ints, lengths: Ints) -> tuple[npt.NDArray[np.float32], int]:
-        """Return the logits [texts, labels], and the number of tokens computed, padding included."""
+        """Return what the module returns for the texts, and the number of tokens computed, padding included."""
         results = [self._run(*piece) for piece in self.layout.pieces(tokens, lengths)]
         return np.concatenate([logits for logits, _ in results]), sum(computed for _, computed in results)
 
@@ -140,14 +140,14 @@ class CudaRunner:
     def _prepare(self, module: VarlenEncoder, wanted: list[Bucket]) -> None:
         """Allocate, compile, warm up and capture: the largest bucket first, so that the others reuse its memory."""
         start = time.perf_counter()
-        largest, labels = self.layout.largest, module.shape.labels
+        largest, outputs = self.layout.largest, module.shape.outputs
         self._module: Callable[..., Tensor] = module.to(self.device)
         self._inputs = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
-        self._logits = torch.zeros(largest.texts, labels, device=self.device)
+        self._logits = torch.zeros(largest.texts, outputs, device=self.device)
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(SLOTS):
             inputs = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=self.on_gpu)
-            logits = torch.zeros(largest.texts, labels, pin_memory=self.on_gpu)
+            logits = torch.zeros(largest.texts, outputs, pin_memory=self.on_gpu)
             done = torch.cuda.Event() if self.on_gpu else None  # type: ignore[no-untyped-call]
             self._slots.put(_Slot(inputs, logits, done))
         self._captured: dict[Bucket, Any] = {}

@@ -37,7 +37,7 @@ class Shape:
     labels: int
     activation: str  # a key of `ACTIVATIONS`
     eps: float  # of LayerNorm
-    embedding: int = 0  # size of the embeddings, if they are projected to the hidden size
+    word_size: int = 0  # of the word embeddings, if they are projected to the hidden size
     norms_embedding: bool = False  # the embeddings' LayerNorm has the hidden size, after the projection
     learned_positions: bool = True  # a table of position embeddings
     head: str = "tanh"  # the activation between the classifier's two layers
@@ -49,11 +49,17 @@ class Shape:
     thetas: tuple[float, ...] = ()  # of each layer, the base of its rotary positions; empty: no rotary positions
     relative: str = ""  # "bias" (MPNet) or "disentangled" (DeBERTa) relative positions
     buckets: int = 0  # of the disentangled distances
+    embeds: bool = False  # the module returns, after the logits, the embedding of each text: what its classifier reads
 
     @property
     def width(self) -> int:
         """The size of an attention head."""
         return self.hidden // self.heads
+
+    @property
+    def outputs(self) -> int:
+        """The number of values that the module returns for a text."""
+        return self.labels + self.hidden * self.embeds
 
     def __post_init__(self) -> None:
         # JSON has lists only.
@@ -79,11 +85,11 @@ class Encoder(nn.Module):
         """
         super().__init__()
         self.shape, self.dtype = shape, dtype
-        size = shape.embedding or shape.hidden
+        size = shape.word_size or shape.hidden
         self.word = nn.Embedding(shape.vocabulary, size, dtype=dtype)
         self.position = nn.Embedding(shape.positions, size, dtype=dtype) if shape.learned_positions else None
         self.norm = SumNorm(shape.hidden if shape.norms_embedding else size, shape.eps, dtype)
-        self.widen = nn.Linear(size, shape.hidden, dtype=dtype) if shape.embedding else None
+        self.widen = nn.Linear(size, shape.hidden, dtype=dtype) if shape.word_size else None
         kind = NormFirstLayer if shape.norm_first else layer
         self.layers = nn.ModuleList(kind(shape, dtype, number, attention(number)) for number in range(shape.layers))
         self.last_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
@@ -110,6 +116,10 @@ class Encoder(nn.Module):
             features = self.head_norm(features)
         logits: Tensor = self.classifier(features)
         return logits
+
+    def outputs(self, pooled: Tensor) -> Tensor:
+        """Return logits and, after them, the pooled hidden states: [texts, labels + hidden] in fp32."""
+        return torch.cat([self.classify(pooled), pooled.float()], dim=1)
 
     def last(self, hidden: Tensor) -> Tensor:
         """Apply the LayerNorm after the last layer, in families that have one."""

@@ -24,7 +24,8 @@ from aisle.preprocess.pack import Packed, pack
 
 Ints = npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
-Run = Callable[[Packed], Logits]
+Outputs = npt.NDArray[np.float32]  # [texts, labels + embedding]: the logits and, after them, the embedding of each text
+Run = Callable[[Packed], Outputs]
 # The precisions of each target, the default first.
 PRECISIONS = {
     "openvino": ("int8", "bf16", "fp32"),
@@ -45,6 +46,7 @@ class EngineSpec:
     checkpoint: str  # fingerprint of the checkpoint it was built from
     graph: str = ""  # SHA-256 of the ONNX graph
     vocabulary: int = 0  # number of token ids with an embedding
+    embedding: int = 0  # size of the texts' embeddings; 0 in versions that have none
     runtime: str = ""  # the only runtime that can run it, such as "TensorRT 11.0.0"; "": any version
     device: str = ""  # the only GPU model that can run it, such as "NVIDIA H100 (9.0)"; "": any
 
@@ -79,8 +81,8 @@ class Runner(Protocol):
     def concurrency(self) -> int:
         """How many threads may call at once: while one batch is computed, the host lays out the next."""
 
-    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Logits, int]:
-        """Return logits [texts, labels], and the number of tokens computed, padding included."""
+    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Outputs, int]:
+        """Return the outputs, and the number of tokens computed, padding included."""
 
 
 class PackedRunner:
@@ -96,13 +98,13 @@ class PackedRunner:
         # Larger batches are hardly faster on a CPU and make the next request wait longer.
         self.max_batch_tokens = 2048 if self._narrow else self.max_texts * spec.max_tokens
 
-    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Logits, int]:
+    def __call__(self, tokens: Ints, lengths: Ints) -> tuple[Outputs, int]:
         packed = pack(tokens, lengths, self._max_tokens, narrow=self._narrow)
         return self._run(packed), packed.input_ids.size
 
 
 class Engine:
-    """Computes the logits of texts given as token ids."""
+    """Computes the logits and the embeddings of texts given as token ids."""
 
     def __init__(self, runner: Runner, spec: EngineSpec) -> None:
         self._runner = runner
@@ -110,30 +112,34 @@ class Engine:
         self.max_texts, self.max_batch_tokens = runner.max_texts, runner.max_batch_tokens
         self.concurrency = runner.concurrency
 
-    def __call__(self, tokens: Ints, lengths: Ints, work: defaultdict[str, float] | None = None) -> Logits:
-        """Return logits [texts, labels] of texts laid end to end in `tokens`, `lengths` [texts] tokens each.
+    def __call__(self, tokens: Ints, lengths: Ints) -> Logits:
+        """Return logits [texts, labels] of texts laid end to end in `tokens`, `lengths` [texts] tokens each."""
+        return self.outputs(tokens, lengths)[:, : self.spec.labels]
+
+    def outputs(self, tokens: Ints, lengths: Ints, work: defaultdict[str, float] | None = None) -> Outputs:
+        """Return the logits and embeddings of texts laid end to end.
 
         Args:
             work: counters to add to: `tokens_useful`, `tokens_computed`, `engine_seconds` and `engine_batches`.
         """
         start = time.perf_counter()
-        logits, computed = self._runner(tokens, lengths)
-        if len(lengths) > 1 and not np.isfinite(logits).all():
-            logits = self._rerun_singly(tokens, lengths, logits)
+        outputs, computed = self._runner(tokens, lengths)
+        if len(lengths) > 1 and not np.isfinite(outputs).all():
+            outputs = self._rerun_singly(tokens, lengths, outputs)
         if work is not None:
             work["tokens_useful"] += len(tokens)
             work["tokens_computed"] += computed
             work["engine_seconds"] += time.perf_counter() - start
             work["engine_batches"] += 1
-        return logits
+        return outputs
 
-    def _rerun_singly(self, tokens: Ints, lengths: Ints, logits: Logits) -> Logits:
-        """Run texts without finite logits again, one by one: one NaN spoils all texts of its row, as 0 × NaN is NaN."""
-        logits, ends = logits.copy(), np.cumsum(lengths)
-        for text in np.flatnonzero(~np.isfinite(logits).all(axis=1)):
+    def _rerun_singly(self, tokens: Ints, lengths: Ints, outputs: Outputs) -> Outputs:
+        """Run texts whose outputs are not finite again, one by one: one NaN spoils all texts of its row."""
+        outputs, ends = outputs.copy(), np.cumsum(lengths)
+        for text in np.flatnonzero(~np.isfinite(outputs).all(axis=1)):
             own = tokens[ends[text] - lengths[text] : ends[text]]
-            logits[text] = self._runner(own, lengths[text : text + 1])[0][0]
-        return logits
+            outputs[text] = self._runner(own, lengths[text : text + 1])[0][0]
+        return outputs
 
 
 def check_target(target: str, precision: str) -> None:
@@ -205,8 +211,8 @@ def openvino_runner(model: Path, spec: EngineSpec) -> Run:
 
     def run(packed: Packed) -> npt.NDArray[np.float32]:
         request.infer(list(packed), share_inputs=True)
-        logits: npt.NDArray[np.float32] = request.get_output_tensor(0).data.copy()
-        return logits
+        outputs: Outputs = request.get_output_tensor(0).data.copy()
+        return outputs
 
     return run
 
@@ -225,7 +231,7 @@ def _plan_runner(folder: Path, spec: EngineSpec, device_id: int) -> Run:
         folder / "model.plan",
         spec.target,
         spec.max_tokens,
-        spec.labels,
+        spec.labels + spec.embedding,
         device_id,
         version_compatible=not spec.runtime,
     )

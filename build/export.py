@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aisle.build.graph import PackedEncoder
+from aisle.build.graph import PackedEncoder, WithEmbeddings
 from aisle.preprocess.pack import Packed, pack
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
 def export(graph: PackedEncoder, max_tokens: int, path: Path) -> None:
-    """Write the graph over packed rows as ONNX, with dynamic numbers of rows, width and texts."""
+    """Write the graph over packed rows as ONNX, with dynamic numbers of rows, width and texts.
+
+    Its output, [texts, labels + hidden], holds the logits and, after them, the embeddings.
+    """
     example = pack(np.arange(5 + 3 + max_tokens), np.array([5, 3, max_tokens]), max_tokens)
     example = example._replace(input_ids=example.input_ids % graph.word.num_embeddings)
     rows, width, texts = (torch.export.Dim(name, min=1, max=2**16) for name in ("rows", "width", "texts"))
@@ -25,13 +28,13 @@ def export(graph: PackedEncoder, max_tokens: int, path: Path) -> None:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            graph.eval(),
+            WithEmbeddings(graph).eval(),
             tuple(map(torch.from_numpy, example)),
             path,
             dynamo=True,
             opset_version=20,
             input_names=list(Packed._fields),
-            output_names=["logits"],
+            output_names=["outputs"],
             dynamic_shapes=(per_token, per_token, per_token, {0: texts}),
             external_data=False,
         )

@@ -42,7 +42,7 @@ class Bert:
             labels=config.num_labels,
             activation=config.hidden_act,
             eps=embeddings.LayerNorm.eps,
-            embedding=0 if size == config.hidden_size else size,
+            word_size=0 if size == config.hidden_size else size,
             head=self.head,
         )
         return replace(shape, **self.differences(config))
@@ -163,7 +163,7 @@ class Albert(Bert):
         return super().shape(model)
 
     def differences(self, config: Any) -> dict[str, Any]:
-        return {"embedding": config.embedding_size}  # it is projected even to the same size
+        return {"word_size": config.embedding_size}  # it is projected even to the same size
 
     def _layer(self, encoder: Any, number: int) -> Any:
         config = encoder.config

@@ -54,15 +54,19 @@ class PackedEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
+        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index))
+
+    def pooled(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
+        """Return the hidden states [texts, hidden] that the classifier reads."""
         hidden = self.embed(input_ids, position_ids)  # [rows, width, hidden]
         batch = self.batch(position_ids, segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
         if self.shape.pooling == "mean":
             hidden = self.last(self.layers[-1](hidden, batch))
-            return self.classify(mean(hidden.flatten(0, 1), segment_ids.flatten(), cls_index))
+            return mean(hidden.flatten(0, 1), segment_ids.flatten(), cls_index)
         # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-        return self.classify(self.last(self.layers[-1](hidden, batch, cls_index)))
+        return self.last(self.layers[-1](hidden, batch, cls_index))
 
     def batch(self, position_ids: Tensor, segment_ids: Tensor) -> Batch:
         """Compute once what all layers read."""
@@ -90,6 +94,18 @@ class PackedEncoder(Encoder):
     def mask(self, segment_ids: Tensor) -> Tensor:
         """Return the attention mask [rows, 1, width, width], added to the scores: 0 within a text, else `MASKED`."""
         return torch.where((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None], 0.0, MASKED)
+
+
+class WithEmbeddings(nn.Module):
+    """The graph with the embedding of each text after its logits, as it is exported."""
+
+    def __init__(self, graph: PackedEncoder) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
+        """Return [texts, labels + hidden] in fp32."""
+        return self.graph.outputs(self.graph.pooled(input_ids, position_ids, segment_ids, cls_index))
 
 
 class PackedAttention(nn.Module):

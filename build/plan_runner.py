@@ -33,11 +33,19 @@ class PlanRunner:
     """Runs a plan. Any thread may call it, but only one at a time."""
 
     def __init__(
-        self, plan: Path, target: str, max_tokens: int, labels: int, device_id: int, *, version_compatible: bool = False
+        self,
+        plan: Path,
+        target: str,
+        max_tokens: int,
+        outputs: int,
+        device_id: int,
+        *,
+        version_compatible: bool = False,
     ) -> None:
         """Load a plan onto a GPU and warm up every shape.
 
         Args:
+            outputs: values for each text: logits and embedding.
             version_compatible: the plan contains its own runtime, which TensorRT must be allowed to run.
 
         Raises:
@@ -51,7 +59,7 @@ class PlanRunner:
         if problem := unsupported_gpu(target, compute_capability(device_id)):
             raise InputError(problem)
         self.cuda: Any = load_bindings()
-        self.max_tokens, self.labels, self.device_id = max_tokens, labels, device_id
+        self.max_tokens, self.outputs, self.device_id = max_tokens, outputs, device_id
         self.max_texts = max_batch_size()
         self._check(self.cuda.cudaSetDevice(device_id))
         self.logger = make_logger(trt, None)
@@ -60,7 +68,7 @@ class PlanRunner:
         self.contexts = [self._context(trt, target, profile) for profile in (LATENCY, THROUGHPUT)]
         self.inputs = {name: self._buffer((ROWS[-1] * max_tokens,), np.int64) for name in Packed._fields[:3]}
         self.inputs["cls_index"] = self._buffer((self.max_texts,), np.int64)
-        self.output = self._buffer((self.max_texts, labels), np.float32)
+        self.output = self._buffer((self.max_texts, outputs), np.float32)
         self.graphs: dict[Shape, Any] = {}
         for shape in self.shapes():
             self(_warm_up_batch(*shape))
@@ -71,7 +79,7 @@ class PlanRunner:
         return one + [(rows, self.max_tokens, self.max_texts) for rows in ROWS]
 
     def __call__(self, packed: Packed) -> npt.NDArray[np.float32]:
-        """Return logits [texts, labels] of at most `max_texts` texts."""
+        """Return the outputs [texts, outputs] of at most `max_texts` texts."""
         # CUDA keeps the current device per thread, and the loading thread is not the one that computes.
         self._check(self.cuda.cudaSetDevice(self.device_id))
         texts = len(packed.cls_index)
@@ -136,9 +144,9 @@ class PlanRunner:
             self._check(self.cuda.cudaMemcpyAsync(*copy))
             self._require(context.set_input_shape(name, value.shape), f"take {name} of shape {value.shape}")
             self._require(context.set_tensor_address(name, buffer.device), f"take the address of {name}")
-        self._require(context.set_tensor_address("logits", self.output.device), "take the address of logits")
+        self._require(context.set_tensor_address("outputs", self.output.device), "take the address of outputs")
         self._require(context.execute_async_v3(int(self.stream)), "run the network")
-        size = len(packed.cls_index) * self.labels * 4
+        size = len(packed.cls_index) * self.outputs * 4
         back = self.output.host.ctypes.data, self.output.device, size, kind.cudaMemcpyDeviceToHost, self.stream
         self._check(self.cuda.cudaMemcpyAsync(*back))
 

@@ -64,7 +64,7 @@ class VarlenEncoder(Encoder):
             self.register_buffer(f"rotary_{int(theta)}", inverse_frequencies(theta, shape.width))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, offsets: Tensor) -> Tensor:
-        """Return logits [texts, labels] in fp32.
+        """Return [texts, outputs] in fp32: the logits and, if `shape.embeds`, the embeddings.
 
         Args:
             input_ids: [tokens], the texts end to end, int32.
@@ -78,9 +78,11 @@ class VarlenEncoder(Encoder):
             hidden = layer(hidden, batch)
         first = offsets[:-1].clamp(max=input_ids.shape[0] - 1)
         if self.shape.pooling == "mean":
-            return self.classify(mean(self.last(self.layers[-1](hidden, batch)), text_of(offsets, len(hidden)), first))
-        # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-        return self.classify(self.last(self.layers[-1](hidden, batch, first)))
+            pooled = mean(self.last(self.layers[-1](hidden, batch)), text_of(offsets, len(hidden)), first)
+        else:
+            # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
+            pooled = self.last(self.layers[-1](hidden, batch, first))
+        return self.outputs(pooled) if self.shape.embeds else self.classify(pooled)
 
     def _turn(self, theta: float, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = (position_ids[:, None].float() * self.get_buffer(f"rotary_{int(theta)}"))[:, None]

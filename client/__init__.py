@@ -5,6 +5,7 @@ from aisle.client.classifier import Classifier
 from aisle.client.protocol import (
     TLS,
     ClassifierError,
+    Embedding,
     Failure,
     InvalidText,
     Overloaded,
@@ -19,6 +20,7 @@ __all__ = [
     "AsyncClassifier",
     "Classifier",
     "ClassifierError",
+    "Embedding",
     "Failure",
     "InvalidText",
     "Overloaded",

@@ -12,15 +12,18 @@ from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 import aisle.client.wire as wire
 from aisle.client.connection import Connection
 from aisle.client.fork import claim_asyncio
-from aisle.client.protocol import CALLS, IN_FLIGHT, Failure, InvalidText, Prediction, Text
+from aisle.client.protocol import CALLS, IN_FLIGHT, Embedding, Failure, InvalidText, Prediction, Text
 from aisle.client.tracing import request_span
 
 T = TypeVar("T")
 Texts = Iterable[Any] | AsyncIterable[Any]
+Request = Callable[[list[Any]], Coroutine[Any, Any, list[T]]]  # sends a batch of texts
 
 
 class _Transport:
@@ -72,24 +75,31 @@ class AsyncClassifier(Connection):
 
     async def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order; see `Classifier.classify`."""
+        wanted = wire.Wanted(top_k, decisions)
+        return await self._ask(texts, lambda batch: self._classify_batch(batch, wanted))
+
+    async def embed(self, texts: Iterable[Text]) -> npt.NDArray[np.float32]:
+        """Return the embeddings [texts, size] of `texts`, in the same order; see `Classifier.embed`."""
+        found = await self._ask(texts, self._embed_batch)
+        wire.check_one_version({each.version for each in found})
+        return np.stack([each.values for each in found]) if found else np.empty((0, 0), np.float32)
+
+    async def _ask(self, texts: Iterable[Text], request: Request[T]) -> list[T]:
+        """Return the answers to all texts; `request` sends a batch of them."""
         wire.check_list(texts)
         if isinstance(texts, AsyncIterable):
-            raise TypeError("classify takes a list of texts; use stream for an asynchronous iterator")
-        texts, wanted = list(texts), wire.Wanted(top_k, decisions)
+            raise TypeError("give a list of texts; stream takes an asynchronous iterator")
+        texts = list(texts)
         if len(texts) <= await self.max_batch():
-            return await self._classify_batch(texts, wanted) if texts else []
-
-        async def request(batch: list[Any]) -> list[Prediction]:
-            return await self._classify_batch(batch, wanted)
-
-        predictions: list[Prediction] = []
+            return await request(texts) if texts else []
+        found: list[T] = []
         try:
             async with aclosing(self._pipeline(texts, request, await self.max_batch())) as pipeline:
                 async for answers in pipeline:
-                    predictions += answers
+                    found += answers
         except InvalidText as error:
-            raise wire.with_row(error, len(predictions)) from None
-        return predictions
+            raise wire.with_row(error, len(found)) from None
+        return found
 
     def stream(
         self, texts: Iterable[Text | None] | AsyncIterable[Text | None], top_k: int = 1, *, decisions: bool = False
@@ -114,9 +124,7 @@ class AsyncClassifier(Connection):
                 for answer in batch:
                     yield answer
 
-    async def _pipeline(
-        self, texts: Texts, request: Callable[[list[Any]], Coroutine[Any, Any, list[T]]], size: int
-    ) -> AsyncGenerator[list[T], None]:
+    async def _pipeline(self, texts: Texts, request: Request[T], size: int) -> AsyncGenerator[list[T], None]:
         """Yield the answers to batches of `size` texts in order, with up to IN_FLIGHT concurrent requests."""
         pending: deque[asyncio.Task[list[T]]] = deque()
         try:
@@ -167,6 +175,15 @@ class AsyncClassifier(Connection):
 
     async def _classify_batch(self, texts: list[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
         raw = wire.to_utf8_list(texts)
+        answers = wire.predictions(await self._infer(raw, wanted, bulk))
+        if self._log:
+            self._log.record(raw, answers)
+        return answers
+
+    async def _embed_batch(self, texts: list[Any]) -> list[Embedding]:
+        return wire.embeddings(await self._infer(wire.to_utf8_list(texts), wire.Wanted(embedding=True), bulk=False))
+
+    async def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> bytes:
         request, transport = wire.request_of(raw, wanted, self._version), self._transport
         with request_span(len(raw)) as headers:
             metadata = (*self._token, *headers.items())
@@ -175,11 +192,7 @@ class AsyncClassifier(Connection):
                 stamped = self._stamped(request, bulk)
                 return wire.check_outputs(await transport.infer(stamped, timeout=self._timeout, metadata=metadata))
 
-            answer = await self._with_retries(transport, ask, bulk)
-        answers = wire.predictions(answer)
-        if self._log:
-            self._log.record(raw, answers)
-        return answers
+            return await self._with_retries(transport, ask, bulk)
 
     async def _with_retries(self, transport: _Transport, call: Callable[[], Awaitable[bytes]], bulk: bool) -> bytes:
         since = time.monotonic()

@@ -86,7 +86,7 @@ def classify_file(
     kind = output_kind(source, out)  # fails early if the name cannot be written
     refuse_same(source, out)
     start = time.perf_counter()
-    columns, total = _scan_source(source, text_column, out if kind == "xlsx" else None)
+    columns, total = scan_source(source, text_column, out if kind == "xlsx" else None)
     models = _Models(classifier)
     wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
     # Fails early if the server is unreachable, or has too few categories or no decisions.
@@ -187,7 +187,7 @@ def _answers(
 
     def texts() -> Iterator[str | bytes | None]:
         for row in itertools.islice(read_rows(source), done, None):
-            text, fault = _usable(row, text_column)
+            text, fault = usable(row, text_column)
             faults.append(fault)
             yield text
 
@@ -195,7 +195,7 @@ def _answers(
         yield faults.popleft() or answer
 
 
-def _usable(row: Row, text_column: str) -> tuple[str | None, Failure | None]:
+def usable(row: Row, text_column: str) -> tuple[str | None, Failure | None]:
     if isinstance(row, FaultyRow):
         return None, Failure(row.fault)
     try:
@@ -279,7 +279,7 @@ def _read_journal(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[list[str], int]:
+def scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[list[str], int]:
     """Return the columns of the source, in the order of their first occurrence, and its number of rows.
 
     Raises:

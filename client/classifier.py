@@ -10,16 +10,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Self
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 import aisle.client.wire as wire
 from aisle.client.connection import Connection
-from aisle.client.protocol import IN_FLIGHT, Failure, InvalidText, Prediction, Text
+from aisle.client.protocol import IN_FLIGHT, Embedding, Failure, InvalidText, Prediction, Text
 from aisle.client.tracing import request_span
 
-Answers = list[Prediction | Failure]
+Request = Any  # sends a batch: (texts, wanted, bulk=False) -> list of answers
+EMBEDDING = wire.Wanted(embedding=True)
 
 
 class _Transport:
@@ -90,18 +94,41 @@ class Classifier(Connection):
             ClassifierError: the server failed, or took longer than the timeout.
         """
         wire.check_list(texts)
-        wanted = wire.Wanted(top_k, decisions)
+        return self._ask(texts, wire.Wanted(top_k, decisions), self._classify_batch)
+
+    def embed(self, texts: Iterable[Text]) -> npt.NDArray[np.float32]:
+        """Return the embeddings [texts, size] of `texts`, each of length 1, in the same order.
+
+        The inner product of two embeddings is their cosine similarity. Compare only embeddings of the same model.
+
+        Raises:
+            ClassifierError: another version went live meanwhile; or as `classify`.
+            TypeError, InvalidText, Unavailable, Overloaded, UnknownVersion: as `classify`. InvalidText also if the
+                version has no embeddings.
+        """
+        wire.check_list(texts)
+        found: list[Embedding] = self._ask(texts, EMBEDDING, self._embed_batch)
+        wire.check_one_version({each.version for each in found})
+        return np.stack([each.values for each in found]) if found else np.empty((0, 0), np.float32)
+
+    def stream_embeddings(self, texts: Iterable[Text | None]) -> Iterator[Embedding | Failure]:
+        """Yield the embedding of each text, in the same order and in constant memory; otherwise as `stream`."""
+        wire.check_list(texts)
+        return self._stream(texts, EMBEDDING, self._embed_batch)
+
+    def _ask(self, texts: Iterable[Text], wanted: wire.Wanted, request: Request) -> list[Any]:
+        """Return the answers to all texts; `request` sends a batch of them."""
         batches = list(_chunks(texts, self.max_batch))
         if len(batches) == 1:  # in the caller's own thread, which costs least
-            return self._classify_batch(batches[0], wanted)
-        answers = self._pipeline(batches, wanted, self._classify_batch)
-        predictions: list[Prediction] = []
+            first: list[Any] = request(batches[0], wanted)
+            return first
+        answers: list[Any] = []
         try:
-            for batch in answers:
-                predictions += batch
+            for batch in self._pipeline(batches, wanted, request):
+                answers += batch
         except InvalidText as error:
-            raise wire.with_row(error, len(predictions)) from None
-        return predictions
+            raise wire.with_row(error, len(answers)) from None
+        return answers
 
     def stream(
         self, texts: Iterable[Text | None], top_k: int = 1, *, decisions: bool = False
@@ -118,10 +145,11 @@ class Classifier(Connection):
         """
         wire.check_list(texts)
         wire.check_top_k(top_k)
-        return self._stream(texts, wire.Wanted(top_k, decisions))
+        return self._stream(texts, wire.Wanted(top_k, decisions), self._classify_batch)
 
-    def _stream(self, texts: Iterable[Text | None], wanted: wire.Wanted) -> Iterator[Prediction | Failure]:
-        for batch in self._pipeline(_chunks(texts, self._fetch_max_batch(bulk=True)), wanted, self._classify_each):
+    def _stream(self, texts: Iterable[Text | None], wanted: wire.Wanted, request: Request) -> Iterator[Any]:
+        each = partial(self._ask_each, request)
+        for batch in self._pipeline(_chunks(texts, self._fetch_max_batch(bulk=True)), wanted, each):
             yield from batch
 
     def probe(self, top_k: int = 1, *, decisions: bool = False, bulk: bool = False) -> None:
@@ -131,7 +159,7 @@ class Classifier(Connection):
             decisions: check that it has decisions too.
             bulk: wait as long as `stream` does.
         """
-        self._infer([b"probe"], wire.Wanted(top_k, decisions), bulk)
+        wire.predictions(self._infer([b"probe"], wire.Wanted(top_k, decisions), bulk))
 
     @property
     def max_batch(self) -> int:
@@ -187,41 +215,43 @@ class Classifier(Connection):
 
     def _classify_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
         raw = wire.to_utf8_list(texts)
-        answers = self._infer(raw, wanted, bulk)
+        answers = wire.predictions(self._infer(raw, wanted, bulk))
         if self._log:
             self._log.record(raw, answers)
         return answers
 
-    def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> list[Prediction]:
+    def _embed_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Embedding]:
+        return wire.embeddings(self._infer(wire.to_utf8_list(texts), wanted, bulk))
+
+    def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> bytes:
         request, transport = wire.request_of(raw, wanted, self._version), self._transport
         with request_span(len(raw)) as headers:
             metadata = (*self._token, *headers.items())
-            answer = self._with_retries(
+            return self._with_retries(
                 transport,
                 lambda: wire.check_outputs(
                     transport.infer(self._stamped(request, bulk), timeout=self._timeout, metadata=metadata)
                 ),
                 bulk,
             )
-        return wire.predictions(answer)
 
-    def _classify_each(self, texts: list[Any], wanted: wire.Wanted) -> Answers:
-        """Classify a batch that may contain missing or bad texts."""
+    def _ask_each(self, request: Request, texts: list[Any], wanted: wire.Wanted) -> list[Any]:
+        """Send a batch that may contain missing or bad texts."""
         answers, good = wire.check_texts(texts)
-        found = iter(self._classify_halves(good, wanted))
+        found = iter(self._ask_halves(request, good, wanted))
         return [next(found) if answer is None else answer for answer in answers]
 
-    def _classify_halves(self, texts: list[bytes], wanted: wire.Wanted) -> Answers:
-        """Classify a batch. If it is refused, classify its halves, until each bad text is alone."""
+    def _ask_halves(self, request: Request, texts: list[bytes], wanted: wire.Wanted) -> list[Any]:
+        """Send a batch. If it is refused, send its halves, until each bad text is alone."""
         if not texts:
             return []
         try:
-            return [*self._classify_batch(texts, wanted, bulk=True)]
+            return [*request(texts, wanted, bulk=True)]
         except InvalidText as error:
             if len(texts) == 1:
                 return [wire.failure(error)]
         middle = len(texts) // 2
-        return self._classify_halves(texts[:middle], wanted) + self._classify_halves(texts[middle:], wanted)
+        return self._ask_halves(request, texts[:middle], wanted) + self._ask_halves(request, texts[middle:], wanted)
 
     def _with_retries(self, transport: _Transport, call: Callable[[], bytes], bulk: bool) -> bytes:
         since = time.monotonic()

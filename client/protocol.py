@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 
 from aisle.errors import InputError, ServerError
 
 Text = str | bytes
 MODEL = "product_classifier"
 DECISIONS_MODEL = "product_decisions"  # the same, with decisions
+EMBEDDINGS_MODEL = "product_embeddings"  # over the same encoder
 IN_FLIGHT = 4  # concurrent requests of one call: enough to keep the server's queue filled
 CALLS = 64  # concurrent requests of one asyncio client; others wait here and leave room in the server's queue
 BULK_RETRIES = 20  # they take about a minute
@@ -51,6 +54,14 @@ class Prediction:
     @property
     def confidence(self) -> float:
         return self.confidences[0]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What the model's encoder makes of a text: a vector of length 1. The inner product of two is their similarity."""
+
+    values: npt.NDArray[np.float32]  # [size]
+    version: int  # of the model; vectors of different models cannot be compared
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import grpc
 from aisle.client.address import proxy_hint
 from aisle.client.protocol import (
     DECISIONS_MODEL,
+    EMBEDDINGS_MODEL,
     MODEL,
     ClassifierError,
     InvalidText,
@@ -65,8 +66,8 @@ WRONG_SERVERS = (
         "the certificate of {url} is not trusted; name its authority (AISLE_TLS_CA, tls=)",
     ),
 )
-_ENSEMBLE = re.compile(rf"^in ensemble '(?:{MODEL}|{DECISIONS_MODEL})(?:_v\d+)?', ")
-_NO_MODEL = f"unknown model: '{DECISIONS_MODEL}' is not found"
+_ENSEMBLE = re.compile(rf"^in ensemble '(?:{MODEL}|{DECISIONS_MODEL}|{EMBEDDINGS_MODEL})(?:_v\d+)?', ")
+_NO_MODEL = re.compile(r"unknown model: 'product_(decisions|embeddings)' is not found")
 _NOT_LOADED = re.compile(r"version (\S+) is not (?:found|at ready state)")
 
 
@@ -114,8 +115,8 @@ def interpret(call: Any, url: str, timeout: float, answered: bool) -> Verdict:
     if found := _NOT_LOADED.search(details):
         message = f"version {found[1]} is not loaded; give one that is, or none for the live version"
         return Verdict(UnknownVersion("NOT_FOUND", message))
-    if _NO_MODEL in details:
-        return Verdict(ClassifierError(status, f"the server at {url} is of an Aisle without decisions"))
+    if found := _NO_MODEL.search(details):
+        return Verdict(ClassifierError(status, f"the server at {url} is of an Aisle without {found[1]}"))
     for signs, meaning in WRONG_SERVERS:
         if any(sign in details for sign in signs):
             return Verdict(Unavailable(status, meaning.format(url=url) + proxy_hint(url)))

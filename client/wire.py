@@ -1,4 +1,4 @@
-"""Encode and decode `ModelInfer` messages directly, without NumPy arrays."""
+"""Encode and decode `ModelInfer` messages directly; only embeddings become NumPy arrays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from tritonclient.grpc import service_pb2
 
 from aisle.client.protocol import (
     DECISIONS_MODEL,
+    EMBEDDINGS_MODEL,
     MISSING,
     MODEL,
     ClassifierError,
+    Embedding,
     Failure,
     InvalidText,
     Prediction,
@@ -30,7 +33,7 @@ CONFIG = "/inference.GRPCInferenceService/ModelConfig"
 Request: TypeAlias = Any  # service_pb2.ModelInferRequest, which has no types
 SHORT = 200  # bytes; only shorter answers can lack outputs
 _SIZE = struct.Struct("<I")  # the length of a string, before its bytes
-_ABOUT_REQUEST = ("top_k", "this version has no decisions")  # starts of refusals that are not about a text
+_ABOUT_REQUEST = ("top_k", "this version has no")  # starts of refusals that are not about a text
 _ROW = re.compile(r"row (\d+): ")
 
 
@@ -46,6 +49,14 @@ class Wanted(NamedTuple):
 
     top_k: int = 1
     decisions: bool = False
+    embedding: bool = False  # instead of categories
+
+    @property
+    def model(self) -> str:
+        """The model of the server that gives it."""
+        if self.embedding:
+            return EMBEDDINGS_MODEL
+        return DECISIONS_MODEL if self.decisions else MODEL
 
 
 def check_list(texts: object) -> None:
@@ -160,8 +171,7 @@ def request_of(raw: Sequence[bytes], wanted: Wanted, version: str) -> Request:
         InvalidText: `top_k` is not a 32-bit whole number.
     """
     top_k = check_top_k(wanted.top_k)
-    model = DECISIONS_MODEL if wanted.decisions else MODEL
-    request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+    request = service_pb2.ModelInferRequest(model_name=wanted.model, model_version=version)
     shape = (len(raw), 1)
     request.inputs.add(name="text", datatype="BYTES", shape=shape)
     request.raw_input_contents.append(b"".join([part for text in raw for part in (_SIZE.pack(len(text)), text)]))
@@ -180,6 +190,33 @@ def check_outputs(message: bytes) -> bytes:
     if len(message) < SHORT and not service_pb2.ModelInferResponse.FromString(message).outputs:
         raise EmptyAnswer
     return message
+
+
+def embeddings(message: bytes) -> list[Embedding]:
+    """Read `embedding` [n, size], and the version that answered.
+
+    Raises:
+        ClassifierError: the answer has another form.
+    """
+    answer = service_pb2.ModelInferResponse.FromString(message)
+    shapes = {output.name: output.shape for output in answer.outputs}
+    try:
+        rows = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(tuple(shapes["embedding"]))
+        return [Embedding(row, int(answer.model_version or 0)) for row in rows]
+    except (KeyError, ValueError, IndexError):
+        message_of = f"the server's model {EMBEDDINGS_MODEL} is not from Aisle: it gave no embedding [n, size]"
+        raise ClassifierError("", message_of) from None
+
+
+def check_one_version(versions: Set[int]) -> None:
+    """Check that all embeddings come from the same version.
+
+    Raises:
+        ClassifierError: they do not.
+    """
+    if len(versions) > 1:
+        named = ", ".join(map(str, sorted(versions)))
+        raise ClassifierError("", f"versions {named} answered; their embeddings cannot be compared: embed again")
 
 
 def predictions(message: bytes) -> list[Prediction]:

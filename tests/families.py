@@ -71,9 +71,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 FLAT = [name for name in MODELS if not name.startswith(("mpnet", "deberta"))]  # those that FlashAttention can run
 
 
-def random_model(name: str, seed: int = 0, labels: int = 7, **settings: Any) -> Any:
+def random_model(name: str, labels: int = 7, **settings: Any) -> Any:
     """Return a classifier with random weights. Biases and norms are not 0 and 1, which would hide a mix-up."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     kind, own = MODELS[name]
     size = {} if "id2label" in settings else {"num_labels": labels}
     config = AutoConfig.for_model(kind, **{**own, **settings, **size}, initializer_range=0.2)
@@ -107,6 +107,8 @@ def shop_texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
 def tokenizer_of(name: str, texts: Sequence[str]) -> Tokenizer:
     """Return a tokenizer of the kind that the family uses, trained on texts."""
     kind, _ = MODELS[name]
+    trainer: Any
+    more: dict[str, Any] = {}
     if kind in ("roberta", "modernbert"):
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -118,7 +120,6 @@ def tokenizer_of(name: str, texts: Sequence[str]) -> Tokenizer:
     else:
         tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-        more = {}
     offset = kind in ("roberta", "xlm-roberta", "camembert", "mpnet")
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if offset else ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     special = [*special, "[UNK]"] if kind == "mpnet" else special
@@ -131,8 +132,8 @@ def tokenizer_of(name: str, texts: Sequence[str]) -> Tokenizer:
 
 def write_model(name: str, folder: Path, texts: Sequence[str], labels: Sequence[str], **settings: Any) -> Any:
     """Write a classifier with random weights, as transformers does, and return it."""
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model = random_model(name, labels=len(labels), **names, **settings)
+    numbers = {label: i for i, label in enumerate(labels)}
+    model = random_model(name, len(labels), id2label=dict(enumerate(labels)), label2id=numbers, **settings)
     model.save_pretrained(folder)
     tokenizer = tokenizer_of(name, texts)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

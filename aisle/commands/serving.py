@@ -284,6 +284,50 @@ def classify(
     report({"predictions": rows}, as_json, _show_predictions)
 
 
+@app.command()
+@reads_tables
+def embed(
+    ctx: typer.Context,
+    what: Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .parquet or .npy."),
+    ] = None,
+    url: Url = "localhost:8001",
+    text_column: TextColumn = "text",
+    timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Turn texts, or every row of a file, into embeddings: vectors of length 1, near each other for similar texts."""
+    from aisle.client import Classifier
+    from aisle.client.embedding import embed_file
+
+    if out is None:
+        refuse(ctx, *FILE_ONLY, because="needs a file: FILE -o OUTPUT")
+        if len(what) == 1 and is_file(what[0]):
+            raise InputError(f"{what[0]} is a file; give the output with -o")
+    elif len(what) != 1:
+        raise InputError("-o takes one file at a time")
+    with Classifier.from_environment(url, timeout=timeout) as classifier:
+        if out is not None:
+            source = Path(what[0])
+            result = embed_file(classifier, source, out, text_column, lambda rows, n: track(rows, "embedding", n))
+            done = f"{result['rows']} embeddings of {result['size']} numbers, {result['errors']} errors, in {out}"
+            report(result, as_json, lambda _: None, (done,))
+            return
+        vectors = classifier.embed(what)
+    rows = [{"text": text, "embedding": row.tolist()} for text, row in zip(what, vectors, strict=True)]
+    report({"embeddings": rows}, as_json, lambda _: _show_similarity(what, vectors @ vectors.T))
+
+
+def _show_similarity(texts: list[str], cosine: Any) -> None:
+    """Show how similar the texts are to each other; their vectors say nothing to a reader."""
+    table = new_table("text", *map(str, range(1, len(texts) + 1)), title="cosine similarity to text number")
+    for number, (text, row) in enumerate(zip(texts, cosine.tolist(), strict=True), start=1):
+        table.add_row(cell(f"{number}. {text}"), *(f"{each:.3f}" for each in row))
+    stdout.print(table)
+
+
 def _row(text: str, answer: Prediction) -> dict[str, Any]:
     row = {"text": text, "categories": answer.categories, "confidences": answer.confidences}
     if answer.decision is None:

@@ -50,7 +50,7 @@ class AnswerStream(Response):
         with self._streams.one(), continued(self._request.headers):
             # The status can tell only what is known before the first line: no server, no token, too few categories, no
             # decisions.
-            top_k, decisions = self._wanted
+            top_k, decisions, _ = self._wanted
             await self._client.classify(["probe"], top_k, decisions=decisions)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             lines = Lines(receive)
@@ -68,7 +68,7 @@ class AnswerStream(Response):
 
     async def _answer(self, lines: Lines, scope: Scope, send: Send) -> None:
         try:
-            top_k, decisions = self._wanted
+            top_k, decisions, _ = self._wanted
             async with aclosing(self._bulk.stream(lines, top_k, decisions=decisions)) as answers:
                 number, waiting = 0, []
                 async for answer in answers:

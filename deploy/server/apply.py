@@ -9,7 +9,7 @@ from aisle.build.repository import PYTHON_MODELS
 from aisle.deploy.server.admin import Admin
 from aisle.deploy.server.processes import step_processes
 from aisle.deploy.server.release import Release
-from aisle.deploy.server.served_repository import ENSEMBLES, ensemble_of, ensembles_of
+from aisle.deploy.server.served_repository import ENSEMBLES, ROUTED, ensemble_of, ensembles_of
 from aisle.deploy.server.triton import Triton
 from aisle.errors import ServerError
 
@@ -54,15 +54,18 @@ def _load_ensembles(triton: Triton, before: Release, after: Release) -> None:
     if not after.routed and new == before.live:
         return
     for version in {after.live, new}:
-        for ensemble in ENSEMBLES:
+        for ensemble in ROUTED:
             triton.admin.load(triton.served.write_ensemble(ensemble, version, live=False))
     _warm_up(triton.admin, ensemble_of(new))
 
 
 def _install(triton: Triton, release: Release) -> None:
-    """Replace the models that callers use: by routers while a candidate gets traffic, else by the live ensembles."""
+    """Replace the models that callers use: by routers while a candidate gets traffic, else by the live ensembles.
+
+    Embeddings always come from the live version.
+    """
     for ensemble in ENSEMBLES:
-        if release.routed:
+        if release.routed and ensemble in ROUTED:
             triton.served.write_router(ensemble, release, triton.trial_socket)
         else:
             triton.served.write_ensemble(ensemble, release.live)
@@ -72,7 +75,7 @@ def _install(triton: Triton, release: Release) -> None:
 def _wait_for_router(triton: int) -> None:
     """Wait until replaced routers have answered their last request, which needs the models that `_clean_up` unloads."""
     deadline = time.monotonic() + ROUTER_SECONDS
-    while any(model in ENSEMBLES for model, _ in step_processes(triton).values()) and time.monotonic() < deadline:
+    while any(model in ROUTED for model, _ in step_processes(triton).values()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

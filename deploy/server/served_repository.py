@@ -22,7 +22,8 @@ from aisle.errors import InputError
 from aisle.train.core import decisions
 
 ENSEMBLE = "product_classifier"
-ENSEMBLES = (ENSEMBLE, "product_decisions")  # over the same steps; the second one also returns decisions
+ROUTED = (ENSEMBLE, "product_decisions")  # over the same steps; the second one also returns decisions
+ENSEMBLES = (*ROUTED, "product_embeddings")  # the last one always runs the live version
 ROUTER = Path(__file__).parents[1] / "serving" / "router.py"
 
 
@@ -32,8 +33,8 @@ def ensemble_of(version: int, ensemble: str = ENSEMBLE) -> str:
 
 
 def ensembles_of(version: int) -> list[str]:
-    """Return the names of all ensembles that always run this version."""
-    return [ensemble_of(version, ensemble) for ensemble in ENSEMBLES]
+    """Return the names of the ensembles that always run this version."""
+    return [ensemble_of(version, ensemble) for ensemble in ROUTED]
 
 
 class ServedRepository:

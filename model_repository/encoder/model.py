@@ -1,6 +1,6 @@
 """Triton's `encoder`: maps `input_ids` [n, longest], `lengths` [n, 1], `top_k` to `category`, `confidence` [n, k].
 
-And to decisions, for requests that name their outputs.
+And to decisions or embeddings, for requests that name their outputs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ COUNTERS = (
     "confidence_count",
 )
 NOT_FINITE = "the engine gives no finite logits for a text; roll back to the previous version, and train or build again"
+NO_EMBEDDINGS = "this version has no embeddings; build it again from its checkpoint"
 BAD_TOKENS = "input_ids and lengths must come from the tokenizer; send texts to product_classifier"
 
 
@@ -57,6 +58,7 @@ class Call:
     top_k: int
     unknown: Any  # [texts, 1] or None
     with_logits: bool
+    with_embeddings: bool
     with_decisions: bool
     keys: list[bytes]  # cache keys of its texts; empty if the cache is off and no decisions are wanted
     known: dict[bytes, bytes]  # the keys that are in the cache, with their entries
@@ -72,6 +74,7 @@ class Ranked:
     confidence: Any  # [texts, k]
     unknown: Any  # [texts, 1], from the tokenizer; None if the request has none
     logits: Any  # [texts, labels]; None unless requested
+    embedding: Any  # [texts, size], each of length 1; None unless requested
     decisions: Tensors  # empty unless requested
 
 
@@ -90,7 +93,7 @@ class TritonPythonModel:
         gate = gate_state(read_report(Path(args["model_repository"]).parent, int(args["model_version"])))
         info = {"target": spec.target, "precision": spec.precision, "checkpoint": spec.checkpoint, "gate": gate}
         self.metrics.set_until_closed("aisle_model_info", **info)
-        self.no_logits = np.empty((0, spec.labels), np.float32)
+        self.no_outputs = np.empty((0, spec.labels + spec.embedding), np.float32)
         config = json.loads(args["model_config"])
         self.outputs = {each["name"] for each in config["output"]}
         max_queue_size = int(config["parameters"]["max_queue_size"]["string_value"])
@@ -121,17 +124,17 @@ class TritonPythonModel:
             except InputError as error:
                 responses[number] = refusal("INVALID_ARG", str(error))
         cached = [each for each in group if not len(each[1].lengths)]
-        self.respond(responses, cached, [self.no_logits] * len(cached))
+        self.respond(responses, cached, [self.no_outputs] * len(cached))
         group = [each for each in group if len(each[1].lengths)]
         try:
-            logits = self.batcher.try_run_inline([each for _, each in group])
+            outputs = self.batcher.try_run_inline([each for _, each in group])
         except Exception as error:  # any exception of a runtime
             for number, _ in group:
                 responses[number] = refusal("INTERNAL", f"the engine failed: {error}")
             return responses
-        if logits is not None:
+        if outputs is not None:
             ends = np.cumsum([len(each.lengths) for _, each in group])
-            self.respond(responses, group, np.split(logits, ends[:-1]))
+            self.respond(responses, group, np.split(outputs, ends[:-1]))
             return responses
         for number, each in group:
             if not self.batcher.put(each):
@@ -139,10 +142,10 @@ class TritonPythonModel:
                 responses[number] = refusal("UNAVAILABLE", "Exceeds maximum queue size")
         return responses
 
-    def respond(self, responses: list[Any], group: Sequence[tuple[int, QueuedRequest]], logits: Sequence[Any]) -> None:
-        """Set the responses of requests, given as (number, request), from their logits."""
+    def respond(self, responses: list[Any], group: Sequence[tuple[int, QueuedRequest]], outputs: Sequence[Any]) -> None:
+        """Set the responses of requests, given as (number, request), from the engine's outputs."""
         if group:
-            answers = self.ranked([each for _, each in group], logits)
+            answers = self.ranked([each for _, each in group], outputs)
             for (number, _), answer in zip(group, answers, strict=True):
                 responses[number] = response(answer)
 
@@ -166,10 +169,11 @@ class TritonPythonModel:
         top_ks, with_logits = optional(request, "top_k"), optional(request, "return_logits")
         parameters = request.parameters()
         wanted = with_logits is not None and bool(with_logits.any())
+        embedded = self.asks_for_embeddings(request)
         top_k, unknown = self.labels.top_k(top_ks), optional(request, "unknown_tokens")
         decided = self.asks_for_decisions(request)
-        found = self.look_up(tokens, lengths, top_k, wanted, decided)
-        call = Call(request, top_k, unknown, wanted, decided, *found)
+        found = self.look_up(tokens, lengths, top_k, wanted or embedded, decided)
+        call = Call(request, top_k, unknown, wanted, embedded, decided, *found)
         if len(call.missing) < len(call.keys):
             tokens = np.frombuffer(b"".join(call.missing), tokens.dtype)
             lengths = np.array([len(key) // tokens.itemsize for key in call.missing], lengths.dtype)
@@ -190,14 +194,26 @@ class TritonPythonModel:
             raise InputError(MISSING)
         return asks
 
+    def asks_for_embeddings(self, request: Any) -> bool:
+        """Return whether a request names the embedding.
+
+        Raises:
+            InputError: it does, and this version has no embeddings.
+        """
+        named = set(request.requested_output_names())
+        asks = "embedding" in named and named != self.outputs
+        if asks and not self.engine.spec.embedding:
+            raise InputError(NO_EMBEDDINGS)
+        return asks
+
     def look_up(
-        self, tokens: Any, lengths: Any, top_k: int, with_logits: bool, decided: bool
+        self, tokens: Any, lengths: Any, top_k: int, with_outputs: bool, decided: bool
     ) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
         """Return the keys of a request's texts, their entries in the cache, and the keys that are not in it."""
         if not self.cache and not decided:
             return [], {}, []
         keys = keys_of(tokens, lengths)
-        known = {} if with_logits else self.cache.find(keys, top_k, decided=decided)  # an entry holds no logits
+        known = {} if with_outputs else self.cache.find(keys, top_k, decided=decided)  # an entry holds no logits
         missing = list(dict.fromkeys(key for key in keys if key not in known))
         if not self.cache:
             return keys, known, missing
@@ -213,14 +229,14 @@ class TritonPythonModel:
     def compute(self, tokens: Any, lengths: Any) -> Any:
         work: defaultdict[str, float] = defaultdict(float)
         try:
-            logits = self.engine(tokens, lengths, work)
+            outputs = self.engine.outputs(tokens, lengths, work)
         except Exception as error:
             self.metrics.add("aisle_engine_failures_total")
             end_if_lost(error)
             raise
         for name, value in work.items():
             self.metrics.add(f"aisle_{name}_total", value)
-        return logits
+        return outputs
 
     def answer(self, answers: Sequence[Answer]) -> None:
         """Rank the answers of a batch together, and send them from other threads."""
@@ -237,32 +253,34 @@ class TritonPythonModel:
                 good.append((waiting, found))
         self.senders.put(failed)
         if good:
-            waitings, logits = zip(*good, strict=True)
-            self.senders.put(self.ranked(waitings, logits))
+            waitings, outputs = zip(*good, strict=True)
+            self.senders.put(self.ranked(waitings, outputs))
 
-    def ranked(self, waiting: Sequence[QueuedRequest], logits: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
+    def ranked(self, waiting: Sequence[QueuedRequest], outputs: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
         """Rank the categories of all texts together, and count them."""
-        together = np.concatenate(logits)
+        together, labels = np.concatenate(outputs), self.engine.spec.labels
         if not np.isfinite(together).all():
-            return self.rank_finite(waiting, logits)
+            return self.rank_finite(waiting, outputs)
+        logits = [own[:, :labels] for own in outputs]
         calls: list[Call] = [each.request for each in waiting]
-        pairs = pairs_of(together, max(call.top_k for call in calls))
+        pairs = pairs_of(together[:, :labels], max(call.top_k for call in calls))
         parts = np.split(pairs, np.cumsum([len(own) for own in logits])[:-1])
         fresh = self.entries(calls, logits, parts)
         if self.cache:
             self.metrics.add("aisle_cache_evictions_total", self.keep(calls, fresh))
         answers = [merged(call, part, rows) for call, part, rows in zip(calls, parts, fresh, strict=True)]
-        self.count(waiting, np.concatenate([answer[:, 0] for answer in answers]))
+        self.count(waiting, [answer[:, 0] for answer in answers])
         return [
             Ranked(
                 call.request,
                 self.labels.encoded(answer["index"]),
                 answer["confidence"],
                 call.unknown,
-                logits_of(call, own) if call.with_logits else None,
+                of_each_text(call, own[:, :labels]) if call.with_logits else None,
+                normalized(of_each_text(call, own[:, labels:])) if call.with_embeddings else None,
                 self.decisions(call, rows),
             )
-            for call, answer, own, rows in zip(calls, answers, logits, fresh, strict=True)
+            for call, answer, own, rows in zip(calls, answers, outputs, fresh, strict=True)
         ]
 
     def entries(self, calls: Sequence[Call], logits: Sequence[Any], pairs: Sequence[Any]) -> list[dict[bytes, bytes]]:
@@ -297,20 +315,23 @@ class TritonPythonModel:
             self.metrics.add("aisle_decisions_total", count, decision=decision)
         return self.decider.tensors(entries)
 
-    def count(self, waiting: Sequence[QueuedRequest], best: Any) -> None:
-        """Count the requests and the best category of each text, [texts] of `PAIR`."""
-        self.metrics.add_confidences(best["confidence"])
-        for name, count in self.labels.counts(best["index"]).items():
-            self.metrics.add("aisle_categories_total", count, category=name)
+    def count(self, waiting: Sequence[QueuedRequest], best: Sequence[Any]) -> None:
+        """Count the requests and, unless they are for embeddings, the best category of each text, [texts] of `PAIR`."""
+        classified = [own for each, own in zip(waiting, best, strict=True) if not each.request.with_embeddings]
+        if classified:
+            together = np.concatenate(classified)
+            self.metrics.add_confidences(together["confidence"])
+            for name, count in self.labels.counts(together["index"]).items():
+                self.metrics.add("aisle_categories_total", count, category=name)
         computed = [each for each in waiting if len(each.lengths)]
         self.metrics.add("aisle_queue_seconds_total", sum(each.queue_time for each in computed))
         self.metrics.add("aisle_queue_requests_total", len(computed))
 
-    def rank_finite(self, waiting: Sequence[QueuedRequest], logits: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
-        """Refuse the requests whose logits are NaN or infinite, and rank the others."""
+    def rank_finite(self, waiting: Sequence[QueuedRequest], outputs: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
+        """Refuse the requests whose outputs are NaN or infinite, and rank the others."""
         self.metrics.add("aisle_engine_failures_total")
-        finite = [bool(np.isfinite(own).all()) for own in logits]
-        good = [pair for pair, ok in zip(zip(waiting, logits, strict=True), finite, strict=True) if ok]
+        finite = [bool(np.isfinite(own).all()) for own in outputs]
+        good = [pair for pair, ok in zip(zip(waiting, outputs, strict=True), finite, strict=True) if ok]
         answers = iter(self.ranked(*zip(*good, strict=True)) if good else [])
         return [
             next(answers) if ok else (each.request.request, refusal("INTERNAL", NOT_FINITE))
@@ -335,12 +356,17 @@ def merged(call: Call, computed: Any, fresh: dict[bytes, bytes]) -> Any:
     return read_rows(call.keys, {**call.known, **fresh}, call.top_k, start)
 
 
-def logits_of(call: Call, computed: Any) -> Any:
-    """Return logits for each text of a request, from the logits of its distinct texts."""
+def of_each_text(call: Call, computed: Any) -> Any:
+    """Return a row for each text of a request, from those of its distinct texts."""
     if len(call.missing) == len(call.keys):
         return computed
     rows = {key: row for row, key in enumerate(call.missing)}
     return computed[[rows[key] for key in call.keys]]
+
+
+def normalized(vectors: Any) -> Any:
+    """Return vectors [texts, size] of length 1, so that their inner product is the cosine similarity."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _counter(name: str) -> str:
@@ -374,6 +400,8 @@ def response(answer: Ranked | tuple[Any, Any]) -> Any:
         tensors.append(pb_utils.Tensor("unknown", answer.unknown))
     if answer.logits is not None:
         tensors.append(pb_utils.Tensor("logits", np.ascontiguousarray(answer.logits)))
+    if answer.embedding is not None:
+        tensors.append(pb_utils.Tensor("embedding", np.ascontiguousarray(answer.embedding)))
     for name, values in answer.decisions.items():
         tensors.append(pb_utils.Tensor(name, np.ascontiguousarray(values)))
     return pb_utils.InferenceResponse(tensors)

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 BATCH = 4096  # rows
 
 
-def _pyarrow() -> Any:
+def load_pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -31,7 +31,7 @@ def open_parquet(path: Path, where: Path) -> Any:
     Raises:
         InputError: it is not a Parquet file or is incomplete, or two of its columns have the same name.
     """
-    pyarrow = _pyarrow()
+    pyarrow = load_pyarrow()
     try:
         file = pyarrow.parquet.ParquetFile(where)
         names = file.schema_arrow.names
@@ -83,13 +83,13 @@ def _scalar(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except (ValueError, OverflowError):
-        text: str = scalar.cast(_pyarrow().string()).as_py()
+        text: str = scalar.cast(load_pyarrow().string()).as_py()
         return text if "out of range" not in text else str(scalar.value)
 
 
 def write_parquet(path: Path, rows: Callable[[], Iterator[Row]], columns: list[str]) -> None:
     """Write rows. A first pass over them finds the columns' types. A column of several types is written as text."""
-    pyarrow = _pyarrow()
+    pyarrow = load_pyarrow()
     types = dict.fromkeys(columns, pyarrow.null())
     mixed: set[str] = set()
     for batch in _chunks(rows()):
@@ -150,7 +150,7 @@ def rewrite(
         names: new names of columns, by old name.
         types: types of the columns that `edits` sets, str or float. New columns are added in this order.
     """
-    pyarrow = _pyarrow()
+    pyarrow = load_pyarrow()
     file = open_parquet(path, where)
     kinds = {name: pyarrow.string() if kind is str else pyarrow.float64() for name, kind in types.items()}
     schema = _edited_schema(file.schema_arrow, kinds, names)
@@ -174,12 +174,12 @@ def _kept(batch: Any, changes: list[Row | None]) -> Any:
         if changes[start] is not None:
             slices.append(batch.slice(start, end - start))
         start = end
-    return _pyarrow().Table.from_batches(slices, schema=batch.schema)
+    return load_pyarrow().Table.from_batches(slices, schema=batch.schema)
 
 
 def _edited_schema(schema: Any, kinds: Mapping[str, Any], names: Mapping[str, str]) -> Any:
     """Return a schema with new names, and with the edited columns in their types; new columns come last."""
-    pyarrow = _pyarrow()
+    pyarrow = load_pyarrow()
     renamed = [field.with_name(names.get(field.name, field.name)) for field in schema]
     kept = [pyarrow.field(field.name, kinds[field.name]) if field.name in kinds else field for field in renamed]
     added = [pyarrow.field(name, kind) for name, kind in kinds.items() if name not in {each.name for each in kept}]
