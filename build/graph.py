@@ -99,13 +99,13 @@ class PackedEncoder(Encoder):
 class WithEmbeddings(nn.Module):
     """The graph with the embedding of each text after its logits, as it is exported."""
 
-    def __init__(self, graph: PackedEncoder) -> None:
+    def __init__(self, encoder: PackedEncoder) -> None:
         super().__init__()
-        self.graph = graph
+        self.encoder = encoder
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return [texts, labels + hidden] in fp32."""
-        return self.graph.outputs(self.graph.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.encoder.outputs(self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
 
 
 class PackedAttention(nn.Module):

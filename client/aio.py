@@ -91,7 +91,10 @@ class AsyncClassifier(Connection):
             raise TypeError("give a list of texts; stream takes an asynchronous iterator")
         texts = list(texts)
         if len(texts) <= await self.max_batch():
-            return await request(texts) if texts else []
+            try:
+                return await request(texts) if texts else []
+            except InvalidText as error:
+                raise wire.located(error) from None
         found: list[T] = []
         try:
             async with aclosing(self._pipeline(texts, request, await self.max_batch())) as pipeline:

@@ -106,10 +106,16 @@ class Classifier(Connection):
             TypeError, InvalidText, Unavailable, Overloaded, UnknownVersion: as `classify`. InvalidText also if the
                 version has no embeddings.
         """
+        return self.embed_with_version(texts)[0]
+
+    def embed_with_version(self, texts: Iterable[Text]) -> tuple[npt.NDArray[np.float32], int]:
+        """Return the embeddings of `texts`, as `embed` does, and the version that made them; 0 without texts."""
         wire.check_list(texts)
         found: list[Embedding] = self._ask(texts, EMBEDDING, self._embed_batch)
         wire.check_one_version({each.version for each in found})
-        return np.stack([each.values for each in found]) if found else np.empty((0, 0), np.float32)
+        if not found:
+            return np.empty((0, 0), np.float32), 0
+        return np.stack([each.values for each in found]), found[0].version
 
     def stream_embeddings(self, texts: Iterable[Text | None]) -> Iterator[Embedding | Failure]:
         """Yield the embedding of each text, in the same order and in constant memory; otherwise as `stream`."""
@@ -120,7 +126,10 @@ class Classifier(Connection):
         """Return the answers to all texts; `request` sends a batch of them."""
         batches = list(_chunks(texts, self.max_batch))
         if len(batches) == 1:  # in the caller's own thread, which costs least
-            first: list[Any] = request(batches[0], wanted)
+            try:
+                first: list[Any] = request(batches[0], wanted)
+            except InvalidText as error:
+                raise wire.located(error) from None
             return first
         answers: list[Any] = []
         try:

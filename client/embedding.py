@@ -96,7 +96,7 @@ def _rows(classifier: Classifier, source: Path, text_column: str, version: int) 
 @contextmanager
 def _parquet(path: Path, total: int, size: int, model: str) -> Iterator[Write]:
     arrow = load_pyarrow()
-    vector = arrow.list_(arrow.float32(), size)
+    vector = arrow.list_(arrow.float32())  # with a fixed size, Parquet cannot hold missing ones
     fields = [("row", arrow.int64()), ("text", arrow.string()), ("embedding", vector), ("error", arrow.string())]
     schema = arrow.schema(fields, metadata={MODEL: model.encode()})
     done = 0

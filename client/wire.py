@@ -149,6 +149,12 @@ def with_row(error: InvalidText, start: int) -> InvalidText:
     return InvalidText(f"row {row}: {message}", row)
 
 
+def located(error: InvalidText) -> InvalidText:
+    """Return the error of a call's only request, with the row that its message names."""
+    found = _ROW.match(str(error))
+    return InvalidText(str(error), int(found[1])) if found else error
+
+
 def check_top_k(top_k: Any) -> int:
     """Return `top_k` as an int.
 

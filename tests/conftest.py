@@ -51,7 +51,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 # Where each step of a test's server waits while a test holds it.
-STEPS = {"encoder": "logits = self.engine", "tokenizer": "texts: list[str] = []"}
+STEPS = {"encoder": "outputs = self.engine", "tokenizer": "texts: list[str] = []"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from aisle.client import AsyncClassifier, Classifier, ClassifierError, Failure, 
 from aisle.client.embedding import MODEL, embed_file
 from aisle.preprocess.clean import prepare
 from aisle.train.core.checkpoint import Checkpoint
-from tests.conftest import Server, aisle
+from aisle.train.core.predict import pad
+from tests.conftest import Server, aisle, total
 from tests.fake import fake_server
 
 TEXTS = ["红富士苹果 5斤装", "usb c cable 2m", "红富士苹果", "a" * 300]
@@ -26,12 +27,12 @@ TEXTS = ["红富士苹果 5斤装", "usb c cable 2m", "红富士苹果", "a" * 3
 
 def expected_of(checkpoint: Path, texts: list[str]) -> npt.NDArray[np.float32]:
     """Return the last hidden states of [CLS] in transformers, of length 1."""
-    loaded, rows = Checkpoint(checkpoint), []
-    for ids in loaded.tokenizer.tokens([prepare(text) for text in texts]):
-        with torch.inference_mode():
-            hidden = loaded.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, 0]
-        rows.append((hidden / hidden.norm()).numpy())
-    return np.stack(rows)
+    loaded = Checkpoint(checkpoint)
+    input_ids, attention_mask = pad(loaded.tokenizer.tokens([prepare(text) for text in texts]))
+    with torch.inference_mode():
+        hidden = loaded.model.base_model(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0].numpy()
+    rows: npt.NDArray[np.float32] = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+    return rows
 
 
 def test_embeddings_are_the_hidden_states_that_are_classified(
@@ -78,11 +79,12 @@ def test_embedding_and_classifying_do_not_disturb_each_other(server: Server, cla
 
 
 def test_embeddings_count_as_no_classification(server: Server, classifier: Classifier) -> None:
-    before = server.figures()
+    server.figures()
+    name = "aisle_confidence_count_total"
+    before, texts = total(server.metrics, name), server.tokenized()
     classifier.embed(["counted neither as a category", "nor in the confidences"])
-    after = server.figures()
-    assert after["aisle_texts_total"] == before["aisle_texts_total"] + 2
-    assert after["aisle_confidence_count_total"] == before["aisle_confidence_count_total"]
+    server.figures()
+    assert (total(server.metrics, name), server.tokenized()) == (before, texts + 2)
 
 
 def test_bad_texts_are_named(classifier: Classifier) -> None:

@@ -16,7 +16,7 @@ STAGES = (data, learn, experiments, compress, measure, engine, serving, rollout,
 PANELS = {
     "From a table to categories": ("demo", "clean", "train", "evaluate", "build", "serve", "classify", "deploy"),
     "Models in production": ("desk", "desk-user", "rest", "rollback", "drift", "review", "retrain", "decide"),
-    "Search": ("embed",),
+    "Search by meaning": ("embed", "index", "similar"),
     "Better and smaller models": ("pretrain", "search", "distil", "prune"),
     "Explain and compare": ("explain", "compare", "frontier", "ablate", "stages"),
     "Speed and load": ("bench", "loadtest", "overload"),

@@ -313,11 +313,59 @@ def embed(
             source = Path(what[0])
             result = embed_file(classifier, source, out, text_column, lambda rows, n: track(rows, "embedding", n))
             done = f"{result['rows']} embeddings of {result['size']} numbers, {result['errors']} errors, in {out}"
-            report(result, as_json, lambda _: None, (done,))
+            following = ("aisle", "index", out, "-o", "index") if out.suffix == ".parquet" else ()
+            report(result, as_json, lambda _: None, (done, *following))
             return
         vectors = classifier.embed(what)
     rows = [{"text": text, "embedding": row.tolist()} for text, row in zip(what, vectors, strict=True)]
     report({"embeddings": rows}, as_json, lambda _: _show_similarity(what, vectors @ vectors.T))
+
+
+@app.command()
+def index(
+    vectors: Annotated[
+        Path, typer.Argument(metavar="VECTORS", callback=file_to_read, help="A .parquet file of `aisle embed`.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", callback=folder_to_write, help="The folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Index embeddings, so that `aisle similar` finds the rows that are most similar to a text."""
+    from aisle.client.index import build_index
+
+    result = build_index(vectors, out)
+    done = f"{result['rows']} rows in {out}, searched {'exactly' if result['kind'] == 'exact' else 'by a graph'}"
+    report(result, as_json, lambda _: None, (done, "aisle", "similar", "TEXT", "--index", out))
+
+
+@app.command()
+def similar(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="What to look for.")],
+    folder: Annotated[Path, typer.Option("--index", help="A folder of `aisle index`.")],
+    count: Annotated[int, typer.Option("-k", "--count", min=1, max=1000, help="Rows for each text.")] = 10,
+    url: Url = "localhost:8001",
+    as_json: Json = False,
+) -> None:
+    """Show the indexed rows that are most similar to a text, by the embeddings of the running server."""
+    from aisle.client import Classifier
+    from aisle.client.index import Index
+
+    opened = Index(folder)
+    with Classifier.from_environment(url) as classifier:
+        vectors, version = classifier.embed_with_version(texts)
+        opened.check_model(classifier.fingerprints().get(version, ""))
+    found = [
+        {"text": text, "hits": [hit._asdict() for hit in hits]}
+        for text, hits in zip(texts, opened.search(vectors, count), strict=True)
+    ]
+    report({"similar": found}, as_json, lambda result: _show_hits(result["similar"]))
+
+
+def _show_hits(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        table = new_table("similarity", "row", "text", title=each["text"])
+        for hit in each["hits"]:
+            table.add_row(f"{hit['similarity']:.3f}", str(hit["row"]), cell(hit["text"]))
+        stdout.print(table)
 
 
 def _show_similarity(texts: list[str], cosine: Any) -> None:

@@ -1,0 +1,150 @@
+"""Search by meaning: an index over the embeddings of a file, and the rows of it that are most similar to a text."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from aisle.client.embedding import MODEL
+from aisle.errors import InputError
+from aisle.extras import install
+from aisle.preprocess.tables.columnar import load_pyarrow, open_parquet
+
+EXACT = 50_000  # vectors; above, an exact search takes longer than a classification, and a graph is searched instead
+NEIGHBOURS = 32  # of each vector in the graph
+BUILD_EFFORT, SEARCH_EFFORT = 200, 128  # candidates that are looked at; at least
+INDEX, ROWS, ABOUT = "index.faiss", "rows.parquet", "index.json"
+Vectors = npt.NDArray[np.float32]
+
+
+class Hit(NamedTuple):
+    """A row of the indexed file."""
+
+    row: int  # from 0
+    text: str
+    similarity: float  # cosine, from -1 to 1
+
+
+def build_index(source: Path, out: Path) -> dict[str, Any]:
+    """Index the embeddings of a file that `aisle embed` wrote as Parquet; write the folder `out`.
+
+    Up to `EXACT` vectors are searched exactly; more of them by a graph of neighbours, which misses a few (Malkov and
+    Yashunin 2018, "HNSW", arXiv:1603.09320). Rows without an embedding are left out.
+
+    Raises:
+        InputError: the file is not one of embeddings, it has none, or faiss is not installed.
+    """
+    faiss = _faiss()
+    if out.exists() and not (out / ABOUT).is_file():
+        raise InputError(f"{out} exists and is no index; choose another output")
+    model, vectors, rows = _read(source)
+    index: Any = faiss.IndexFlatIP(vectors.shape[1])
+    if len(vectors) > EXACT:
+        index = faiss.IndexHNSWFlat(vectors.shape[1], NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = BUILD_EFFORT
+    index.add(vectors)
+    kind = "exact" if len(vectors) <= EXACT else "HNSW"
+    about = {"model": model, "rows": len(vectors), "size": vectors.shape[1], "kind": kind, "source": source.name}
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.writing")
+    try:
+        beside.mkdir(parents=True)
+        faiss.write_index(index, str(beside / INDEX))
+        load_pyarrow().parquet.write_table(rows, beside / ROWS)
+        (beside / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {**about, "output": str(out)}
+
+
+class Index:
+    """An index that `build_index` wrote. An exact one is read from the disk as it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an index.
+
+        Raises:
+            InputError: the folder holds none, or it is damaged; or faiss is not installed.
+        """
+        faiss = _faiss()
+        try:
+            self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text("utf-8"))
+            flags = faiss.IO_FLAG_MMAP if self.about["kind"] == "exact" else 0
+            self._index: Any = faiss.read_index(str(folder / INDEX), flags)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise InputError(f"{folder} holds no index ({reason}); make one with aisle index") from None
+        rows = open_parquet(folder / ROWS, folder / ROWS).read()
+        self._rows, self._texts = rows.column("row"), rows.column("text")
+        if not len(rows) == self._index.ntotal == self.about["rows"]:
+            raise InputError(f"{folder} is damaged: its files do not belong together; make it again with aisle index")
+
+    def check_model(self, fingerprint: str) -> Self:
+        """Check that vectors of this model can be compared with those of the index.
+
+        Raises:
+            InputError: the index was made with another model.
+        """
+        if fingerprint != self.about["model"]:
+            raise InputError(
+                f"the index was made with model {self.about['model']}, but {fingerprint or 'an unknown one'} answers; "
+                "embed and index the file again"
+            )
+        return self
+
+    def search(self, vectors: Vectors, k: int) -> list[list[Hit]]:
+        """Return the `k` rows that are most similar to each vector, the most similar first.
+
+        Args:
+            vectors: [n, size], of length 1, as `Classifier.embed` returns them.
+
+        Raises:
+            InputError: the vectors have another size.
+        """
+        if vectors.shape[1] != self._index.d:
+            raise InputError(f"the index has vectors of {self._index.d} numbers, not {vectors.shape[1]}")
+        k = min(k, self._index.ntotal)
+        if self.about["kind"] == "HNSW":
+            self._index.hnsw.efSearch = max(SEARCH_EFFORT, 2 * k)
+        similarity, numbers = self._index.search(np.ascontiguousarray(vectors, np.float32), k)
+        return [list(self._hits(*each)) for each in zip(similarity, numbers, strict=True)]
+
+    def _hits(self, similarity: Vectors, numbers: Sequence[int]) -> Iterator[Hit]:
+        for value, number in zip(similarity.tolist(), numbers, strict=True):
+            if number >= 0:  # a graph may find fewer than were asked for
+                yield Hit(self._rows[int(number)].as_py(), self._texts[int(number)].as_py(), value)
+
+
+def _read(source: Path) -> tuple[str, Vectors, Any]:
+    """Return the model's fingerprint, the vectors [rows, size], and a table of their row numbers and texts.
+
+    Raises:
+        InputError: the file is not one of embeddings, or it has none.
+    """
+    file = open_parquet(source, source)
+    model = (file.schema_arrow.metadata or {}).get(MODEL)
+    if model is None:
+        raise InputError(f"{source} has no embeddings; make them with: aisle embed FILE -o {source}")
+    table = file.read(columns=["row", "text", "embedding"])
+    table = table.filter(table.column("embedding").is_valid())
+    if not len(table):
+        raise InputError(f"{source}: no row has an embedding")
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy()
+    return model.decode(), flat.reshape(len(table), -1), table.select(["row", "text"])
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise InputError(f"an index needs an extra: {install('index')}") from None
+    return faiss

@@ -1,0 +1,109 @@
+"""Indexes over embeddings: exact and by a graph, with the real server's vectors and with random ones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from aisle.client import Classifier, index
+from aisle.client.embedding import MODEL, embed_file
+from aisle.client.index import Index, build_index
+from aisle.errors import InputError
+from tests.conftest import Server, aisle
+
+
+def random_vectors(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Return vectors of length 1 in 50 clusters, as texts of categories are."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(50, 32))[rng.integers(0, 50, count)] + 0.5 * rng.normal(size=(count, 32))
+    unit: npt.NDArray[np.float32] = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def write_vectors(path: Path, vectors: npt.NDArray[np.float32], model: str = "a1") -> None:
+    columns = {
+        "row": range(len(vectors)),
+        "text": [f"text {row}" for row in range(len(vectors))],
+        "embedding": pyarrow.array(list(vectors), pyarrow.list_(pyarrow.float32())),
+    }
+    table = pyarrow.table(columns).replace_schema_metadata({MODEL: model})
+    pyarrow.parquet.write_table(table, path)
+
+
+@pytest.mark.parametrize("kind", ["exact", "HNSW"])
+def test_the_most_similar_rows_are_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, asked = random_vectors(3000), random_vectors(50, seed=1)
+    write_vectors(tmp_path / "vectors.parquet", vectors)
+    monkeypatch.setattr(index, "EXACT", {"exact": 3000, "HNSW": 2999}[kind])
+    assert build_index(tmp_path / "vectors.parquet", tmp_path / "index")["kind"] == kind
+    opened = Index(tmp_path / "index")
+    expected = np.argsort(-(asked @ vectors.T), axis=1)[:, :10]
+    found = opened.search(asked, 10)
+    shares = [
+        len({hit.row for hit in hits} & {*best}) / 10 for hits, best in zip(found, expected.tolist(), strict=True)
+    ]
+    assert np.mean(shares) >= {"exact": 1.0, "HNSW": 0.95}[kind]
+    first = found[0][0]
+    assert first.text == f"text {first.row}"
+    assert first.similarity == pytest.approx(float(asked[0] @ vectors[first.row]), abs=1e-5)
+    assert len(opened.search(asked[:1], 9999)[0]) <= 3000
+
+
+def test_similar_texts_are_found_through_the_server(server: Server, classifier: Classifier, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    texts = [*(f"红富士苹果 {number}斤" for number in range(5)), "", "usb c cable 2m", "蓝牙耳机 降噪"]
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    embed_file(classifier, table, tmp_path / "vectors.parquet", "text")
+    done = aisle("index", tmp_path / "vectors.parquet", "-o", tmp_path / "index", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 7  # without the empty text
+    done = aisle("similar", "usb c cable 2m", "--index", tmp_path / "index", "-k", 2, "--url", server.url, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["similar"]
+    assert (found["hits"][0]["row"], found["hits"][0]["text"]) == (6, "usb c cable 2m")
+    assert found["hits"][0]["similarity"] == pytest.approx(1, abs=1e-3)
+    assert "usb c cable" in aisle("similar", "usb", "--index", tmp_path / "index", "--url", server.url).stdout
+
+
+def test_an_index_of_another_model_is_refused(server: Server, tmp_path: Path) -> None:
+    write_vectors(tmp_path / "vectors.parquet", random_vectors(10), "another")
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    done = aisle("similar", "usb", "--index", tmp_path / "index", "--url", server.url)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "was made with model another" in done.stderr
+    with pytest.raises(InputError, match="vectors of 32 numbers, not 3"):
+        Index(tmp_path / "index").search(np.ones((1, 3), np.float32), 1)
+
+
+def test_an_index_replaces_only_an_index(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "vectors.parquet", random_vectors(10))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no index"):
+        build_index(tmp_path / "vectors.parquet", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    write_vectors(tmp_path / "vectors.parquet", random_vectors(20))
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    assert Index(tmp_path / "index").about["rows"] == 20
+    assert {each.name for each in tmp_path.iterdir()} == {"vectors.parquet", "mine", "index"}
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "table.parquet")
+    with pytest.raises(InputError, match="has no embeddings; make them with: aisle embed"):
+        build_index(tmp_path / "table.parquet", tmp_path / "index")
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        build_index(tmp_path / "text.parquet", tmp_path / "index")
+    with pytest.raises(InputError, match="holds no index"):
+        Index(tmp_path)
+    write_vectors(tmp_path / "vectors.parquet", random_vectors(10))
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    (tmp_path / "index" / "index.faiss").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="holds no index"):
+        Index(tmp_path / "index")
