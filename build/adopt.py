@@ -17,7 +17,7 @@ from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess import MAX_TOKENS
 from aisle.train.core import decisions, sample
-from aisle.train.core.checkpoint import FILES
+from aisle.train.core.checkpoint import FILES, load_classifier
 from aisle.train.core.families import SUPPORTED, check_family, token_limit
 
 AISLE_FILES = ("labels.json", sample.FILE, "training.json")  # any of these marks a checkpoint of `aisle train`
@@ -82,9 +82,6 @@ def _convert(folder: Path, name: str, to: Path) -> None:
     Raises:
         InputError: the classifier cannot be served.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
@@ -92,12 +89,7 @@ def _convert(folder: Path, name: str, to: Path) -> None:
     labels = _labels(config, name)
     _check_weights(folder, name)
     tokenizer = _tokenizer(folder, name)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except Exception as error:  # safetensors and transformers each raise their own exceptions
-        raise InputError(f"{name}: the weights cannot be loaded: {error}".splitlines()[0]) from None
+    model = load_classifier(folder, name)
     limit = min(MAX_TOKENS, token_limit(model.config))
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)

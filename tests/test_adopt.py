@@ -104,7 +104,8 @@ def test_unsupported_models_are_refused_in_one_line(foreign: Path, texts: Path, 
             build(folder, tmp_path / "repository", "openvino", "fp32", held_out=TextSource(texts, "title"))
         return str(refused.value)
 
-    assert "only BERT can be served" in refusal(model_type="roberta")
+    assert "only these can be trained and served: albert, bert" in refusal(model_type="gpt2")
+    assert "not a RobertaForSequenceClassification" in refusal(model_type="roberta")
     assert "has no categories yet" in refusal(architectures=["BertForMaskedLM"])
     assert "several categories at once" in refusal(problem_type="multi_label_classification")
     assert "only absolute ones" in refusal(position_embedding_type="relative_key")

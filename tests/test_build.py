@@ -260,7 +260,8 @@ def test_damaged_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None
     for name, content, complaint in [
         ("labels.json", None, "lacks labels.json"),
         ("model.safetensors", b"garbage", "weights cannot be loaded"),
-        ("config.json", json.dumps({**config, "model_type": "roberta"}).encode(), "only BERT"),
+        ("config.json", json.dumps({**config, "model_type": "gpt2"}).encode(), "only these can be trained and served"),
+        ("config.json", json.dumps({**config, "model_type": "roberta"}).encode(), "do not belong to a roberta"),
         ("tokenizer.json", b"{}", "is not a fast tokenizer"),
         ("sample.jsonl", None, "name the training table after it"),
         ("sample.jsonl", b"{", "sample.jsonl is damaged"),

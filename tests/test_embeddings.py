@@ -108,7 +108,7 @@ def test_a_file_is_embedded(server: Server, classifier: Classifier, checkpoint: 
     assert found.column("row").to_pylist() == [0, 1, 2]
     assert found.column("embedding").to_pylist()[1] is None
     assert found.column("error").to_pylist()[0] is None
-    assert "missing" in found.column("error").to_pylist()[1]
+    assert "empty" in found.column("error").to_pylist()[1]
     expected = expected_of(checkpoint, ["红富士苹果", "usb cable"])
     assert np.abs(np.array([found.column("embedding").to_pylist()[row] for row in (0, 2)]) - expected).max() < 1e-3
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, DistilBertConfig
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, GPT2Config
 
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts
@@ -163,9 +163,9 @@ def test_any_hugging_face_bert_is_fine_tuned(pretrained: Path, tmp_path: Path) -
 
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     data = table(tmp_path / "a.csv", FRUIT)
-    DistilBertConfig().save_pretrained(tmp_path / "distil")
-    with pytest.raises(InputError, match="give a BERT"):
-        train(data, "text", "category", tmp_path / "out", TrainingSettings(str(tmp_path / "distil")))
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="only these can be trained and served"):
+        train(data, "text", "category", tmp_path / "out", TrainingSettings(str(tmp_path / "gpt2")))
     with pytest.raises(InputError, match="cannot load"):
         train(data, "text", "category", tmp_path / "out", TrainingSettings(str(tmp_path / "nothing")))
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,27 +115,47 @@ def _load_model(folder: Path, labels: Sequence[str]) -> Any:
         InputError: the folder holds another architecture, its labels, weights and tokenizer do not fit together, or a
             weight is not finite.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{folder}/config.json is damaged: {error}") from None
     check_family(config.get("model_type"), folder)
-    try:
-        # Always fp32, whatever type the file has: the engine decides on smaller types.
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except Exception as error:  # safetensors and transformers each raise their own
-        raise InputError(f"{folder}: the weights cannot be loaded: {error}".splitlines()[0]) from None
+    model = load_classifier(folder, folder)
     if model.config.num_labels != len(labels):
         raise InputError(f"{folder}: {len(labels)} labels for {model.config.num_labels} logits")
     check_names(folder, config, labels)
     check_pieces(folder, TextTokenizer(folder / "tokenizer.json").tokenizer, model)
     check_finite(folder, model)
     return model.eval()
+
+
+def load_classifier(folder: Path, name: Path | str) -> Any:
+    """Load a classifier of transformers in fp32, whatever type the file has: the engine decides on smaller types.
+
+    Raises:
+        InputError: the weights cannot be read, or some are missing, which transformers would fill at random.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # safetensors and transformers each raise their own
+        raise InputError(f"{name}: the weights cannot be loaded: {error}".splitlines()[0]) from None
+    check_complete(name, model, found["missing_keys"])
+    return model
+
+
+def check_complete(name: Path | str, model: Any, missing: Iterable[str]) -> None:
+    """Check that no weight is missing in a model's file.
+
+    Raises:
+        InputError: one is; the message names the first.
+    """
+    if first := min(missing, default=None):
+        raise InputError(f"{name}: the weights do not belong to a {model.config.model_type} model: {first} is missing")
 
 
 def check_names(folder: Path | str, config: dict[str, Any], labels: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import (
 
 from aisle.errors import InputError
 from aisle.preprocess.encode import SPECIAL, read_special_tokens_as_text
-from aisle.train.core.checkpoint import Checkpoint, check_finite, check_names, check_pieces
+from aisle.train.core.checkpoint import Checkpoint, check_complete, check_finite, check_names, check_pieces
 from aisle.train.core.families import check_family, dropout_settings, output_layer, token_limit
 from aisle.train.core.hub import is_local
 from aisle.train.core.settings import TrainingSettings
@@ -31,6 +32,7 @@ VOCABULARY = 12000
 # Minimum frequency of a piece. Rarer ones, such as whole model numbers, are memorized and do not generalize.
 RAREST = 10  # in small tables 1 + texts / TEXTS
 TEXTS = 2000
+ENCODER = re.compile(r"\.layers?\.\d+\.|embeddings\.")  # weights of the encoder, by their names in transformers
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
 
@@ -159,8 +161,9 @@ def load_model(architecture: Any, name: str, max_tokens: int, dropout: float, **
     local = is_local(name)
     try:
         tokenizer = _load_tokenizer(name, local)
-        model = architecture.from_pretrained(
+        model, found = architecture.from_pretrained(
             name,
+            output_loading_info=True,
             **dropout_settings(config.model_type, dropout),
             ignore_mismatched_sizes=True,  # a classifier for other labels is replaced
             use_safetensors=True,  # never a pickle, which can run code
@@ -168,6 +171,7 @@ def load_model(architecture: Any, name: str, max_tokens: int, dropout: float, **
             local_files_only=local,
             **more,
         )
+        check_complete(name, model, filter(ENCODER.search, found["missing_keys"]))  # a classifier may be missing
         check_pieces(name, tokenizer, model)
         check_finite(name, model)
     except InputError:
