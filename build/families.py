@@ -27,6 +27,7 @@ class Bert:
     project, norm = "attention.output.dense", "attention.output.LayerNorm"
     up, down, norm_out = "intermediate.dense", "output.dense", "output.LayerNorm"
     pooler, classifier, head = "bert.pooler.dense", "classifier", "tanh"
+    intermediate, activation = "intermediate_size", "hidden_act"  # settings of the configuration
 
     def shape(self, model: Any) -> Shape:
         """Return the sizes of a classifier of transformers."""
@@ -38,9 +39,9 @@ class Bert:
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
-            intermediate=config.intermediate_size,
+            intermediate=getattr(config, self.intermediate),
             labels=config.num_labels,
-            activation=config.hidden_act,
+            activation=getattr(config, self.activation),
             eps=embeddings.LayerNorm.eps,
             word_size=0 if size == config.hidden_size else size,
             head=self.head,
@@ -132,21 +133,7 @@ class DistilBert(Bert):
     project, norm = "attention.out_lin", "sa_layer_norm"
     up, down, norm_out = "ffn.lin1", "ffn.lin2", "output_layer_norm"
     pooler, head = "pre_classifier", "relu"
-
-    def shape(self, model: Any) -> Shape:
-        config, words = model.config, model.distilbert.embeddings.word_embeddings
-        return Shape(
-            vocabulary=words.num_embeddings,
-            positions=token_limit(config),
-            hidden=config.dim,
-            layers=config.n_layers,
-            heads=config.n_heads,
-            intermediate=config.hidden_dim,
-            labels=config.num_labels,
-            activation=config.activation,
-            eps=model.distilbert.embeddings.LayerNorm.eps,
-            head=self.head,
-        )
+    intermediate, activation = "hidden_dim", "activation"
 
 
 class Albert(Bert):

@@ -302,12 +302,7 @@ def embed(
     from aisle.client import Classifier
     from aisle.client.embedding import embed_file
 
-    if out is None:
-        refuse(ctx, *FILE_ONLY, because="needs a file: FILE -o OUTPUT")
-        if len(what) == 1 and is_file(what[0]):
-            raise InputError(f"{what[0]} is a file; give the output with -o")
-    elif len(what) != 1:
-        raise InputError("-o takes one file at a time")
+    _check_texts_or_file(ctx, what, out)
     with Classifier.from_environment(url, timeout=timeout) as classifier:
         if out is not None:
             source = Path(what[0])
@@ -393,16 +388,25 @@ def _check_classify(
     """
     if keep_text and log is None:
         raise InputError("--keep-text needs --log FILE")
+    _check_texts_or_file(ctx, what, out)
+    if out is not None:
+        refuse_two_on_stdout(out, as_json)
+        if log and log.resolve() in (out.resolve(), Path(what[0]).resolve()):
+            raise InputError(f"{log} is both the log and a table; choose another log")
+
+
+def _check_texts_or_file(ctx: typer.Context, what: list[str], out: Path | None) -> None:
+    """Check that the arguments are texts or, with an output, one file.
+
+    Raises:
+        InputError: they are not.
+    """
     if out is None:
         refuse(ctx, *FILE_ONLY, because="needs a file: FILE -o OUTPUT")
         if len(what) == 1 and is_file(what[0]):
             raise InputError(f"{what[0]} is a file; give the output with -o")
     elif len(what) != 1:
         raise InputError("-o takes one file at a time")
-    else:
-        refuse_two_on_stdout(out, as_json)
-        if log and log.resolve() in (out.resolve(), Path(what[0]).resolve()):
-            raise InputError(f"{log} is both the log and a table; choose another log")
 
 
 def _after_file(result: dict[str, Any], out: Path, text_column: str) -> tuple[object, ...]:
