@@ -100,13 +100,35 @@ class Server:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the long tests first: short ones at the end let the workers end together.
+    items[:] = dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
-    Next come those that need no checkpoint. So the last worker trains it while the others are busy, and none waits.
+
+def dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Order the tests so that each worker begins with its share of the long ones.
+
+    Each worker gets a run of neighbours of this list, and later takes from the end of another's. Short tests at the
+    end let the workers end together. The last worker gets the tests that need the checkpoint: so it trains it while
+    the others are busy, and none waits.
     """
-    items.sort(
-        key=lambda item: (item.get_closest_marker("long") is None, "checkpoint" in getattr(item, "fixturenames", ()))
-    )
+    ordered = sorted(items, key=_needs_checkpoint)
+    long = [item for item in ordered if item.get_closest_marker("long")]
+    short = [item for item in ordered if not item.get_closest_marker("long")]
+    anywhere = [item for item in long if workers == 1 or not _needs_checkpoint(item)]
+    others = max(1, workers - 1)
+    shares = [anywhere[i::others] for i in range(others)]
+    if workers > 1:
+        shares.append([item for item in long if _needs_checkpoint(item)])
+    result: list[pytest.Item] = []
+    for i, share in enumerate(shares):
+        size = (len(items) - len(result)) // (len(shares) - i)  # as xdist divides the list
+        more = max(0, size - len(share))
+        result += [*share, *short[:more]]
+        short = short[more:]
+    return result + short
+
+
+def _needs_checkpoint(item: pytest.Item) -> bool:
+    return "checkpoint" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +148,9 @@ def checkpoint(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with shared.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not shared.exists():
-            train(sample, "text", "category", shared, TrainingSettings(epochs=6), targets=DecisionTargets(0.95))
+            # Half of the default layers take half of the time, in each export and retraining, too.
+            settings = TrainingSettings(epochs=4, layers=2, learning_rate=1e-3)
+            train(sample, "text", "category", shared, settings, targets=DecisionTargets(0.95))
     shutil.copytree(shared, folder)
     return folder
 

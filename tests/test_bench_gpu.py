@@ -17,6 +17,7 @@ from aisle.loadtest.bench.gpu.part import MEASURES
 from tests.conftest import aisle
 
 
+@pytest.mark.long
 def test_a_dry_run_runs_every_part(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts run in this process, because starting a process takes most of their time here."""
     monkeypatch.setenv(ON_CPU, "1")

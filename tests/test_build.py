@@ -206,6 +206,7 @@ def test_tensorrt_compiles_the_demo_model(checkpoint: Path, tmp_path: Path) -> N
         assert len(spec.graph) == 64
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_tensorrt_compiles_bert_base(tmp_path: Path, precision: str) -> None:
     size = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -334,6 +335,7 @@ def test_a_corrupt_graph_is_refused(content: bytes, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.long
 def test_compare_shows_every_engine(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "TIMED_SECONDS", 0.1)
     result = compare(checkpoint, tmp_path / "report.html")

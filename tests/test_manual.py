@@ -22,11 +22,14 @@ from .conftest import Server, aisle
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The commands of the pages, on the ports of the test.
+# The commands of the pages, on the ports of the test. Tables are smaller, and so are models whose size a page leaves to
+# the defaults: training and exporting took most of the time. Of an option given twice, the last value counts.
 COMMAND = """set -e
 set -m
 aisle() {{
     case $1 in
+        sample) {aisle} "$@" --rows 1500 ;;
+        train) {aisle} "$@" $([[ $* == *--model* ]] || echo --layers 1 --learning-rate 2e-3) ;;
         serve) {aisle} "$@" --grpc-port {grpc} --metrics-port {metrics} --http-port {http} ;;
         classify) {aisle} "$@" --url localhost:{grpc} ;;
         rest) {aisle} "$@" --url localhost:{grpc} --port {rest} ;;

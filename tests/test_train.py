@@ -41,7 +41,7 @@ def test_checkpoint_is_complete(checkpoint: Path, sample: Path) -> None:
 
 
 def test_training_learns(checkpoint: Path) -> None:
-    """Eight epochs at most over 2,700 short titles: far better than chance (1 in 40)."""
+    """Four epochs at most over 2,700 short titles: far better than chance (1 in 40)."""
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.5
     assert metrics["macro_f1"] > 0.4
