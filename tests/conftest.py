@@ -39,11 +39,6 @@ from aisle.train.synthetic.catalogue import write_sample
 
 from .clock import VirtualClock
 
-# Many images turn Python's cache of compiled modules off. Then each command that a test runs would compile all of
-# PyTorch and Transformers again, for 10 s.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
-
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -73,7 +73,7 @@ def commands(page: str) -> str:
     ],
 )
 def test_commands_of_the_manual_run(page: str, written: str, tmp_path: Path) -> None:
-    """All commands of a page run unchanged, and have the result that the page describes."""
+    """All commands of a page run, on smaller tables and models, and have the result that the page describes."""
     grpc, metrics, http, rest = free_ports(4)
     start = COMMAND.format(aisle=f"{sys.executable} -m aisle", grpc=grpc, metrics=metrics, http=http, rest=rest)
     lines = commands(page)
