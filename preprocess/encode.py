@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from aisle.errors import InputError
 from aisle.preprocess import MAX_TOKENS, fast
@@ -189,6 +190,19 @@ def _with_rows(read: Ragged, replaced: Mapping[int, Any]) -> Ragged:
 def read_special_tokens_as_text(tokenizer: Tokenizer) -> None:
     """Make a tokenizer read "[SEP]" in a text as these five characters. tokenizer.json cannot say this."""
     tokenizer.encode_special_tokens = True
+    if isinstance(tokenizer.model, models.Unigram):  # its vocabulary has the special tokens as ordinary pieces
+        special = [each.content for each in tokenizer.get_added_tokens_decoder().values() if each.special]
+        first = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in sorted(special))
+        _split_first(tokenizer, pre_tokenizers.Split(Regex(first), "isolated"))
+
+
+def _split_first(tokenizer: Tokenizer, split: pre_tokenizers.PreTokenizer) -> None:
+    """Add a step to the beginning of the pre-tokenizer, unless it is there already."""
+    own = tokenizer.pre_tokenizer
+    if own is None:
+        tokenizer.pre_tokenizer = split
+    elif split.__getstate__() not in own.__getstate__():
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, own])
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from aisle.build.build import build
 from aisle.build.engine import load_engine
@@ -18,6 +19,7 @@ from aisle.build.repository import check_version
 from aisle.client import Classifier
 from aisle.deploy.server.triton import ServerOptions, free_ports, running
 from aisle.errors import InputError
+from aisle.preprocess.clean import prepare
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.pack import pack
 from aisle.train.core.checkpoint import Checkpoint
@@ -117,7 +119,7 @@ def test_a_long_text_is_read_to_the_models_own_limit(table: Path, tmp_path: Path
         max_tokens=2048,
     )
     long = " ".join(texts)[:4000]
-    asked = ["红富士苹果", long, "usb cable", *texts[:30]]
+    asked = [prepare(text) for text in ("红富士苹果", long, "usb cable", *texts[:30])]
     tokens = TextTokenizer(check_version(repository, 1)["tokenizer.json"]).tokens(asked)
     assert len(tokens[1]) > 1500
     with torch.inference_mode():
@@ -142,3 +144,10 @@ def test_special_tokens_in_a_title_are_text(table: Path, tmp_path: Path) -> None
         unknown = {tokenizer.tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>")}
         assert not special.intersection(ids[1:-1]) - unknown, name
         assert special.issuperset([ids[0], ids[-1]])
+        tokenizer.save(tmp_path / "again.json")
+        again = TextTokenizer(tmp_path / "again.json")
+        again.save(tmp_path / "thrice.json")
+        assert again.tokens(texts_of(table)) == tokenizer.tokens(texts_of(table))
+        assert (tmp_path / "thrice.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+        whole = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))  # as transformers reads other texts
+        assert tokenizer.tokens(texts_of(table)) == [each.ids for each in whole.encode_batch(texts_of(table))]
