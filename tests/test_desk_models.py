@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,34 @@ def test_wrong_numbers_are_refused(pages: Pages, made: Job, changed: dict[str, s
 def test_a_deleted_checkpoint_is_not_rolled_out(pages: Pages, made: Job) -> None:
     (pages.folder / "new").rmdir()
     assert "was deleted" in pages.post("/models/deploy", retraining=str(made.id)).text
+
+
+def test_a_folder_that_was_moved_still_has_its_checkpoints(tmp_path: Path) -> None:
+    """Also what waits, and what version each checkpoint became."""
+    pages = Pages(tmp_path)
+    made = tmp_path / "desk" / "checkpoints" / "1"
+    made.mkdir(parents=True)
+    corrections = tmp_path / "desk" / "corrections.jsonl"
+    corrections.write_text("", "utf-8")
+    pages.done("retrain", retrained(made), file=str(corrections), corrections=2)
+    pages.done("deploy", rolled_out(2, 1, changed=True), checkpoint=str(made), retraining=1)
+    pages.agree("数据线", CATEGORIES[2], CATEGORIES[2])
+    pages.post("/models/retrain")
+
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "desk").rename(tmp_path / "moved" / "工作台")
+    for _ in range(2):  # and it is not moved at every start
+        desk = Desk(replace(pages.desk.options, folder=tmp_path / "moved" / "工作台"))
+    folder = desk.options.folder
+    assert desk.checkpoint == folder / "checkpoints" / "1"
+    job = desk.jobs.last("retrain")
+    assert job
+    assert job.commands[0][1] == str(folder / "checkpoints" / "1")
+    assert job.commands[0][2] == str(pages.folder / "data.csv")
+    assert Path(job.detail["file"]).is_file()
+    desk.jobs.cancel(job.id, "li")
+    answer = DeskClient(desk).act("/models/deploy", retraining="1", shadow="0", canary="0")
+    assert answer.status_code == 200, answer.text
 
 
 def rolled_out(number: int, previous: int, **more: Any) -> dict[str, Any]:
