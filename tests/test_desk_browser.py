@@ -280,19 +280,21 @@ def test_a_screen_reader_reads_the_pages_and_hears_how_a_job_goes(browser: Brows
 
         # A job whose process this test plays.
         with results.desk.store.write() as db:
-            values = "VALUES ('evaluate', '[]', '{}', 'li', 'running', 1.0)"
+            values = "VALUES ('retrain', '[]', '{}', 'li', 'running', 1.0)"
             job = db.execute(f"INSERT INTO jobs (kind, commands, detail, person, state, at) {values}").lastrowid
         heard, stop = page.locator("#announce"), page.get_by_role("button", name="Stop")
-        page.goto(f"{desk.url}/quality")
-        expect(heard).to_have_text("Measuring", timeout=PATIENCE)
+        page.goto(f"{desk.url}/models")
+        expect(heard).to_have_text("Retraining", timeout=PATIENCE)
+        page.get_by_label("Canary, in percent of the requests").fill("25")
         stop.focus()
         progress = folder / "desk" / "jobs" / str(job) / "progress"
         progress.parent.mkdir(parents=True)
         progress.write_text(json.dumps({"what": "reading", "done": 30, "total": 50}), "utf-8")
-        expect(heard).to_have_text("Measuring: 50%", timeout=PATIENCE)  # not each step
+        expect(heard).to_have_text("Retraining: 50%", timeout=PATIENCE)  # not each step
         expect(stop).to_be_focused()  # although it is renewed every second
         check_heard(page)
         with results.desk.store.write() as db:
             db.execute("UPDATE jobs SET state = 'failed', error = 'no space is left' WHERE id = ?", (job,))
         expect(page.get_by_role("alert").filter(has_text="no space is left")).to_be_visible(timeout=PATIENCE)
-        expect(heard).to_have_text("Measuring: failed", timeout=PATIENCE)
+        expect(heard).to_have_text("Retraining: failed", timeout=PATIENCE)
+        expect(page.get_by_label("Canary, in percent of the requests")).to_have_value("25")  # the page was loaded again

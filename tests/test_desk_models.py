@@ -21,7 +21,7 @@ from aisle.deploy.desk.jobs import TITLES, Job
 from aisle.deploy.desk.languages import translations
 from aisle.deploy.desk.pages import models, quality
 from aisle.deploy.desk.store import note
-from aisle.deploy.server.release import Release
+from aisle.deploy.server.release import Release, Status
 from aisle.preprocess.quality import clean_file
 from aisle.train.adapt.drift import verdict
 from aisle.train.adapt.drift_log import CELLS, Traffic, WordCounts, time_span
@@ -496,6 +496,33 @@ def test_the_checkpoint_in_use_follows_rollouts_and_rollbacks(pages: Pages, made
 def test_a_rollout_that_changed_nothing_changes_no_checkpoint(pages: Pages, made: Job) -> None:
     pages.done("deploy", rolled_out(2, 1, changed=False), checkpoint=str(pages.folder / "new"), retraining=made.id)
     assert pages.desk.checkpoint == pages.folder / "old"
+
+
+def test_a_trial_is_shown_while_it_runs_and_when_it_was_cut_off(pages: Pages, made: Job) -> None:
+    repository = pages.folder / "repository"
+    for number in (1, 2):
+        version(repository, number)
+    pages.post("/models/deploy", retraining=str(made.id), **TRIAL)
+    job = pages.desk.jobs.last("deploy")
+    assert job
+    with pages.desk.store.write() as db:
+        db.execute("UPDATE jobs SET state = 'running' WHERE id = ?", (job.id,))
+    for release, traffic, told in (
+        (Release(1), {}, "Rollout"),
+        (Release(1, candidate=2), {}, "Version 2 is being loaded. Version 1 answers all requests."),
+        (Release(1, candidate=2, shadow=True), {}, "Agreement of both versions: –."),
+        (Release(1, candidate=2, shadow=True), {"shadow_compared": 9, "shadow_agreed": 6}, "both versions: 66.67%."),
+        (Release(1, candidate=2, share=0.1), {"candidate_requests": 7}, "Requests that the canary answered: 7."),
+    ):
+        revision = release.save(repository).revision
+        Status("0.0.0.0:1", revision, traffic=traffic).write(repository)
+        for page in ("/models", f"/jobs/{job.id}"):
+            assert told in pages.get(page)
+    with pages.desk.store.write() as db:
+        db.execute("UPDATE jobs SET state = 'failed', error = 'it was killed' WHERE id = ?", (job.id,))
+    assert "Version 2 is still on trial, because the rollout was cut off." in pages.get("/models")
+    Release(1).save(repository)
+    assert "The new version is not live. Version 1 answers all requests." in pages.get("/models")
 
 
 def test_rollback_is_a_job(pages: Pages) -> None:

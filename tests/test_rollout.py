@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,21 +221,27 @@ def test_the_desk_tries_promotes_and_rolls_back(live: Live, desk: DeskClient) ->
     assert seen.errors == []
 
 
+@pytest.fixture
+def without_unknown_token(live: Live) -> Iterator[None]:
+    """Version 2 with a tokenizer that fails on unknown characters. The requests before a canary have none."""
+    folder = live.repository / "tokenizer" / "2"
+    whole = {name: (folder / name).read_text("utf-8") for name in ("tokenizer.json", "fast.json")}
+    tokenizer = json.loads(whole["tokenizer.json"])
+    tokenizer["model"]["unk_token"] = "[NONE]"
+    broken = {"tokenizer.json": json.dumps(tokenizer), "fast.json": json.dumps({"exact": False})}
+    for content in (broken, whole):
+        for name, text in content.items():
+            (folder / name).write_text(text, "utf-8")
+            seal(live.repository, 2, f"tokenizer/{name}")
+        if content is broken:
+            yield
+
+
+@pytest.mark.usefixtures("without_unknown_token")
 def test_the_desk_says_why_a_canary_was_taken_back(live: Live, desk: DeskClient) -> None:
-    """A tokenizer without its unknown token fails on a character that the probes before the canary do not have."""
-    file = live.repository / "tokenizer" / "2" / "tokenizer.json"
-    whole = file.read_text("utf-8")
-    broken = json.loads(whole)
-    broken["model"]["unk_token"] = "[NONE]"
-    file.write_text(json.dumps(broken), "utf-8")
-    seal(live.repository, 2, "tokenizer/tokenizer.json")
-    try:
-        with load(live.url, ["🦄 手机壳", *TEXTS], PAUSE) as seen:
-            fields = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 100, "canary_seconds": 1}
-            shown, page = press(desk, "deploy", **fields)
-    finally:
-        file.write_text(whole, "utf-8")
-        seal(live.repository, 2, "tokenizer/tokenizer.json")
+    with load(live.url, ["🦄 手机壳", *TEXTS], PAUSE) as seen:
+        fields = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 100, "canary_seconds": 1}
+        shown, page = press(desk, "deploy", **fields)
     (why,) = re.findall('role="alert">([^<]+)<', page)
     assert re.fullmatch(r"the new version failed on \d+ of its \d+ requests", why)
     assert "Canary: version 2 answers 100.0% of the requests." in shown
@@ -294,6 +300,9 @@ def test_without_a_server_the_next_start_serves_the_version(
     assert "version 2 has no decisions, unlike version 1" in capsys.readouterr().err
     assert (Release.load(copy).live, Release.load(copy).previous) == (2, 1)
     assert rollback(copy)["version"] == 1
+    replace(Release.load(copy), candidate=2, share=0.5).save(copy)  # as a rollout that was killed leaves it
+    assert deploy(copy, 1, Trial())["changed"] is False
+    assert (Release.load(copy).live, Release.load(copy).candidate, Release.load(copy).share) == (1, None, 0)
     with (copy / ".deploying").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="is running"):

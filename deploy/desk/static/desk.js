@@ -68,21 +68,22 @@ function followJobs() {
 document.addEventListener("htmx:afterSettle", followJobs);
 addEventListener("load", followJobs);
 
-// Another language loads the page again: what was typed stays, and is asked again where an answer was shown.
+// A page that is loaded again, for another language or at the end of a job, keeps what was typed. An answer is asked again.
 function typed() {
   return [...document.querySelectorAll("main :is(textarea, select, input:not([type=password], [type=file], [type=hidden], [type=checkbox]))")];
 }
-document.addEventListener("htmx:beforeRequest", (event) => {
-  if (event.detail.requestConfig.path !== "/language") return;
+document.addEventListener("htmx:beforeOnLoad", (event) => {
+  if (event.detail.xhr.getResponseHeader("HX-Refresh") !== "true") return;
   const again = document.querySelector("form[data-again]");
   const asked = Boolean(again && document.querySelector(again.dataset.again).childElementCount);
-  sessionStorage.setItem("typed", JSON.stringify({ page: location.pathname, asked, values: typed().map((each) => each.value) }));
+  const values = Object.fromEntries(typed().map((each) => [each.name, each.value]));
+  sessionStorage.setItem("typed", JSON.stringify({ page: location.pathname, asked, values }));
 });
 addEventListener("load", () => {
   const kept = JSON.parse(sessionStorage.getItem("typed"));
   sessionStorage.removeItem("typed");
   if (kept?.page !== location.pathname) return;
-  typed().forEach((each, number) => { each.value = kept.values[number] ?? each.value; });
+  for (const each of typed()) each.value = kept.values[each.name] ?? each.value;
   if (kept.asked) document.querySelector("form[data-again]")?.requestSubmit();
 });
 
