@@ -195,7 +195,7 @@ def test_a_team_tries_reviews_retrains_and_promotes(
         first.goto(f"{desk.url}/models")
         check_accessible(first)
         first.get_by_role("button", name="Retrain", exact=True).click()
-        first.get_by_role("button", name="Promote at once").wait_for()
+        first.get_by_role("button", name="Promote at once").wait_for(timeout=3 * PATIENCE)  # a training
         check_accessible(first)
         first.on("dialog", lambda dialog: dialog.accept())
         first.get_by_role("button", name="Promote at once").click()
@@ -239,7 +239,7 @@ def test_what_was_typed_stays_in_another_language(browser: Browser, place: Place
         expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
         assert page.locator("#answer *").count() == 0  # nothing was asked
         page.get_by_role("button", name="分类").click()
-        page.get_by_role("heading", name="类别").wait_for()
+        page.get_by_role("heading", name="类目").wait_for()
         page.get_by_role("button", name="English").click()
         page.get_by_role("heading", name="Categories").wait_for()
         expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
