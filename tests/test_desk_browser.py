@@ -239,9 +239,9 @@ def test_what_was_typed_stays_in_another_language(browser: Browser, place: Place
         expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
         assert page.locator("#answer *").count() == 0  # nothing was asked
         page.get_by_role("button", name="分类").click()
-        page.get_by_role("heading", name="类目").wait_for()
+        page.get_by_role("heading", name="类目", exact=True).wait_for()
         page.get_by_role("button", name="English").click()
-        page.get_by_role("heading", name="Categories").wait_for()
+        page.get_by_role("heading", name="Categories", exact=True).wait_for()
         expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
 
 
