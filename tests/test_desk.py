@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 
-from aisle.client import Classifier
+from aisle.client import Classifier, TrafficLog
 from aisle.deploy.desk import languages, users
 from aisle.deploy.desk.desk import DeskOptions
 from aisle.deploy.desk.jobs import Jobs
@@ -26,6 +26,7 @@ from aisle.deploy.desk.pages import files
 from aisle.deploy.desk.store import Store, events
 from aisle.deploy.desk.users import TRIES, Users
 from aisle.preprocess.tables.table import read_rows
+from aisle.train.adapt.drift import LEAST_WINDOW
 
 from .conftest import Server, aisle, wait_for
 from .desk import DeskClient, desk_client, running_desk
@@ -368,6 +369,42 @@ def test_an_upload_that_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     with desk_client(tmp_path / "desk"):
         assert not folder.exists()
+
+
+# Drift
+
+
+def test_the_drift_of_real_traffic_is_shown_over_time(
+    server: Server, checkpoint: Path, sample: Path, tmp_path: Path
+) -> None:
+    """Usual traffic first, then one product alone. `aisle classify` and a client write the log."""
+    log, usual = tmp_path / "traffic.jsonl", tmp_path / "usual.csv"
+    usual.write_text("".join(sample.read_text("utf-8").splitlines(keepends=True)[:1001]), "utf-8")
+    done = aisle("classify", usual, "-o", tmp_path / "out.csv", "--url", server.url, "--log", log)
+    assert done.returncode == 0, done.stderr
+    with desk_client(tmp_path / "desk", server.url, checkpoint=checkpoint, log=log) as client:
+        rows = measured_drift(client)
+        assert "No need to retrain." in client.get("/quality").text
+        with TrafficLog(log) as traffic, Classifier(server.url, timeout=60, log=traffic) as classifier:
+            classifier.classify([f"红富士苹果 {i}斤装" for i in range(800)])
+        assert measured_drift(client) == rows + 800
+        page = client.get("/quality").text
+        assert '<strong class="warn">Retrain.</strong>' in page
+        assert "mix of the predicted categories" in page
+        (course, history) = re.findall(r"<details><summary>As a table</summary>(.*?)</details>", page, re.S)
+        assert course.count("<tr>") == 1 + (rows + 800) // LEAST_WINDOW
+        assert [each in history for each in ("<td>Retrain.</td>", "<td>No need to retrain.</td>")] == [True, True]
+        for name in ("drift", "drift-history"):
+            assert f'src="/quality/{name}.svg"' in page
+            assert client.get(f"/quality/{name}.svg").text.count("<path") > 20
+
+
+def measured_drift(client: DeskClient) -> int:
+    """Look for drift; return the number of answers."""
+    assert client.act("/quality/drift").status_code == 200
+    job = wait_for(lambda: (each := client.desk.jobs.last("drift")) and not each.active and each, 300)
+    assert job.results, job.error
+    return int(job.results[0]["rows"])
 
 
 # Kills

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import shutil
 import signal
 import threading
@@ -10,17 +12,20 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from aisle.client import Classifier
+from aisle.deploy.desk import queue
 from aisle.deploy.desk.store import Store
 from aisle.deploy.desk.users import Users
 from aisle.preprocess.tables.table import read_rows
 
-from .desk import RunningDesk, running_desk
+from .desk import NOWHERE, RunningDesk, running_desk
+from .test_desk_models import CATEGORIES, Pages, drifted, evaluated, retrained, rolled_out, version
 from .test_triton import serving
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")
@@ -35,6 +40,9 @@ SETTLED = 300  # milliseconds; the page ignores keys at first, so that a double 
 PEOPLE = ("li", "han")
 ROWS = 2000
 LABELLED = 20
+# What needs a name to be told from others of its kind.
+NAMED = {"button", "checkbox", "combobox", "form", "heading", "img", "link", "listbox", "meter", "navigation"}
+NAMED |= {"progressbar", "spinbutton", "table", "textbox"}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,21 @@ def check_accessible(page: Page) -> None:
         assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == [], found
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), page.url
     page.emulate_media(color_scheme="light")
+    check_heard(page)
+
+
+def check_heard(page: Page) -> None:
+    """Check what a screen reader says: one first heading, no level left out, names, and headers of tables."""
+    lines = page.locator("body").aria_snapshot().splitlines()
+    found = [
+        match for line in lines if (match := re.match(r"""\s*- '?([a-z]+)(?: "(.*?)")?(?: \[level=(\d)\])?""", line))
+    ]
+    levels = [int(each[3]) for each in found if each[1] == "heading"]
+    assert levels.count(1) == 1 == levels[0], levels
+    assert all(later <= level + 1 for level, later in pairwise(levels)), levels
+    assert [each[0] for each in found if each[1] in NAMED and not each[2]] == []
+    bare = "document.querySelectorAll('main th:not([scope]), main table:not(:has(th))').length"
+    assert page.evaluate(bare) == 0, page.url
 
 
 def classify_table(page: Page, desk: RunningDesk, table: Path, out: Path) -> None:
@@ -172,7 +195,7 @@ def test_a_team_tries_reviews_retrains_and_promotes(
         first.goto(f"{desk.url}/models")
         check_accessible(first)
         first.get_by_role("button", name="Retrain", exact=True).click()
-        first.get_by_role("button", name="Promote at once").wait_for()
+        first.get_by_role("button", name="Promote at once").wait_for(timeout=3 * PATIENCE)  # a training
         check_accessible(first)
         first.on("dialog", lambda dialog: dialog.accept())
         first.get_by_role("button", name="Promote at once").click()
@@ -205,3 +228,73 @@ def test_the_language_and_the_login_work_by_keyboard(browser: Browser, place: Pl
         check_accessible(page)
         page.get_by_role("button", name="退出").press("Enter")
         page.wait_for_url(f"{desk.url}/login")
+
+
+def test_what_was_typed_stays_in_another_language(browser: Browser, place: Place) -> None:
+    with place.desk() as desk:
+        _, page = visitor(browser, desk, PEOPLE[0])
+        page.get_by_label("Text of a product").fill("红富士苹果")
+        page.get_by_role("button", name="中文").click()
+        page.get_by_role("heading", name="试一条文本").wait_for()
+        expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
+        assert page.locator("#answer *").count() == 0  # nothing was asked
+        page.get_by_role("button", name="分类").click()
+        page.get_by_role("heading", name="类目", exact=True).wait_for()
+        page.get_by_role("button", name="English").click()
+        page.get_by_role("heading", name="Categories", exact=True).wait_for()
+        expect(page.get_by_role("textbox")).to_have_value("红富士苹果")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Pages:
+    """A desk with a measurement, drift, a retraining, a rollout and texts to review; no server and no training."""
+    made = Pages(tmp_path, log=tmp_path / "log.jsonl")
+    for name in ("log.jsonl", "corrections.jsonl"):
+        (tmp_path / name).touch()
+    for number in (1, 2):
+        version(tmp_path / "repository", number)
+    made.done("evaluate", evaluated(tmp_path / "old"))
+    for mix in ((0.4, 0.3, 0.3), (0.1, 0.1, 0.8)):
+        made.done("drift", drifted(mix))
+    made.agree("数据线", CATEGORIES[2], CATEGORIES[0])
+    with made.desk.store.write() as db:
+        row = {"text": "苹果", "category": CATEGORIES[0], "confidence": 0.5}
+        queue.add(db, 1, [{**row, "category_2": CATEGORIES[1], "confidence_2": 0.4}])
+    file = str(tmp_path / "corrections.jsonl")
+    made.done("retrain", retrained(tmp_path / "new"), file=file, corrections=2)
+    shadow = {"compared": 40, "agreement": 0.95, "asked": 0.9, "changes": {"a → b": 2}}
+    made.done("deploy", rolled_out(2, 1, changed=False, shadow=shadow), retraining=1)
+    return made
+
+
+def test_a_screen_reader_reads_the_pages_and_hears_how_a_job_goes(browser: Browser, results: Pages) -> None:
+    folder = results.folder
+    options = "--repository", folder / "repository", "--checkpoint", folder / "old", "--data", folder / "data.csv"
+    with running_desk(folder / "desk", NOWHERE, *options, "--log", folder / "log.jsonl") as desk:
+        page = browser.new_context(locale="en-US", viewport={"width": 360, "height": 780}).new_page()
+        page.set_default_timeout(PATIENCE)
+        for name in ("", "files", "review", "quality", "models", "nowhere"):
+            page.goto(f"{desk.url}/{name}")
+            page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+            check_accessible(page)
+
+        # A job whose process this test plays.
+        with results.desk.store.write() as db:
+            values = "VALUES ('retrain', '[]', '{}', 'li', 'running', 1.0)"
+            job = db.execute(f"INSERT INTO jobs (kind, commands, detail, person, state, at) {values}").lastrowid
+        heard, stop = page.locator("#announce"), page.get_by_role("button", name="Stop")
+        page.goto(f"{desk.url}/models")
+        expect(heard).to_have_text("Retraining", timeout=PATIENCE)
+        page.get_by_label("Canary, in percent of the requests").fill("25")
+        stop.focus()
+        progress = folder / "desk" / "jobs" / str(job) / "progress"
+        progress.parent.mkdir(parents=True)
+        progress.write_text(json.dumps({"what": "reading", "done": 30, "total": 50}), "utf-8")
+        expect(heard).to_have_text("Retraining: 50%", timeout=PATIENCE)  # not each step
+        expect(stop).to_be_focused()  # although it is renewed every second
+        check_heard(page)
+        with results.desk.store.write() as db:
+            db.execute("UPDATE jobs SET state = 'failed', error = 'no space is left' WHERE id = ?", (job,))
+        expect(page.get_by_role("alert").filter(has_text="no space is left")).to_be_visible(timeout=PATIENCE)
+        expect(heard).to_have_text("Retraining: failed", timeout=PATIENCE)
+        expect(page.get_by_label("Canary, in percent of the requests")).to_have_value("25")  # the page was loaded again

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from aisle.deploy.desk.jobs import TITLES, Job
 from aisle.deploy.desk.languages import translations
 from aisle.deploy.desk.pages import models, quality
 from aisle.deploy.desk.store import note
-from aisle.deploy.server.release import Release
+from aisle.deploy.server.release import Release, Status
 from aisle.preprocess.quality import clean_file
 from aisle.train.adapt.drift import verdict
 from aisle.train.adapt.drift_log import CELLS, Traffic, WordCounts, time_span
@@ -432,6 +433,34 @@ def test_a_deleted_checkpoint_is_not_rolled_out(pages: Pages, made: Job) -> None
     assert "was deleted" in pages.post("/models/deploy", retraining=str(made.id)).text
 
 
+def test_a_folder_that_was_moved_still_has_its_checkpoints(tmp_path: Path) -> None:
+    """Also what waits, and what version each checkpoint became."""
+    pages = Pages(tmp_path)
+    made = tmp_path / "desk" / "checkpoints" / "1"
+    made.mkdir(parents=True)
+    corrections = tmp_path / "desk" / "corrections.jsonl"
+    corrections.write_text("", "utf-8")
+    pages.done("retrain", retrained(made), file=str(corrections), corrections=2)
+    pages.done("deploy", rolled_out(2, 1, changed=True), checkpoint=str(made), retraining=1)
+    pages.agree("数据线", CATEGORIES[2], CATEGORIES[2])
+    pages.post("/models/retrain")
+
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "desk").rename(tmp_path / "moved" / "工作台")
+    for _ in range(2):  # and it is not moved at every start
+        desk = Desk(replace(pages.desk.options, folder=tmp_path / "moved" / "工作台"))
+    folder = desk.options.folder
+    assert desk.checkpoint == folder / "checkpoints" / "1"
+    job = desk.jobs.last("retrain")
+    assert job
+    assert job.commands[0][1] == str(folder / "checkpoints" / "1")
+    assert job.commands[0][2] == str(pages.folder / "data.csv")
+    assert Path(job.detail["file"]).is_file()
+    desk.jobs.cancel(job.id, "li")
+    answer = DeskClient(desk).act("/models/deploy", retraining="1", shadow="0", canary="0")
+    assert answer.status_code == 200, answer.text
+
+
 def rolled_out(number: int, previous: int, **more: Any) -> dict[str, Any]:
     gate = {"least_agreement": 0.99, "largest_f1_loss": 0.01, "state": "passed", "note": ""}
     return {"version": number, "previous": previous, "servers": 1, "gate": gate, **more}
@@ -467,6 +496,33 @@ def test_the_checkpoint_in_use_follows_rollouts_and_rollbacks(pages: Pages, made
 def test_a_rollout_that_changed_nothing_changes_no_checkpoint(pages: Pages, made: Job) -> None:
     pages.done("deploy", rolled_out(2, 1, changed=False), checkpoint=str(pages.folder / "new"), retraining=made.id)
     assert pages.desk.checkpoint == pages.folder / "old"
+
+
+def test_a_trial_is_shown_while_it_runs_and_when_it_was_cut_off(pages: Pages, made: Job) -> None:
+    repository = pages.folder / "repository"
+    for number in (1, 2):
+        version(repository, number)
+    pages.post("/models/deploy", retraining=str(made.id), **TRIAL)
+    job = pages.desk.jobs.last("deploy")
+    assert job
+    with pages.desk.store.write() as db:
+        db.execute("UPDATE jobs SET state = 'running' WHERE id = ?", (job.id,))
+    for release, traffic, told in (
+        (Release(1), {}, "Rollout"),
+        (Release(1, candidate=2), {}, "Version 2 is being loaded. Version 1 answers all requests."),
+        (Release(1, candidate=2, shadow=True), {}, "Agreement of both versions: –."),
+        (Release(1, candidate=2, shadow=True), {"shadow_compared": 9, "shadow_agreed": 6}, "both versions: 66.67%."),
+        (Release(1, candidate=2, share=0.1), {"candidate_requests": 7}, "Requests that the canary answered: 7."),
+    ):
+        revision = release.save(repository).revision
+        Status("0.0.0.0:1", revision, traffic=traffic).write(repository)
+        for page in ("/models", f"/jobs/{job.id}"):
+            assert told in pages.get(page)
+    with pages.desk.store.write() as db:
+        db.execute("UPDATE jobs SET state = 'failed', error = 'it was killed' WHERE id = ?", (job.id,))
+    assert "Version 2 is still on trial, because the rollout was cut off." in pages.get("/models")
+    Release(1).save(repository)
+    assert "The new version is not live. Version 1 answers all requests." in pages.get("/models")
 
 
 def test_rollback_is_a_job(pages: Pages) -> None:

@@ -92,7 +92,7 @@ def state(store: Store, item: int) -> tuple[object, ...]:
     return read(store, f"SELECT state, agreed, wanted FROM items WHERE id = {item}")[0]
 
 
-def set_team(store: Store, people: int) -> None:
+def set_team(store: Store, *people: str) -> None:
     with store.write() as db:
         queue.set_team(db, people)
 
@@ -199,12 +199,12 @@ def test_one_person_alone_waits_for_nobody(store: Store) -> None:
     first, second, third = texts(3, people=2)
     fill(store, [first, second])
     label(store, "ann", 1)
-    set_team(store, 1)
+    set_team(store, "ann")
     assert state(store, 1) == ("agreed", CABLE, 1)
     assert state(store, 2) == ("open", None, 1)
     fill(store, [third])
     assert state(store, 3) == ("open", None, 1)
-    set_team(store, 2)
+    set_team(store, "ann", "bob")
     fill(store, texts(4, people=2)[3:])
     assert state(store, 4) == ("open", None, 2)
 
@@ -232,6 +232,25 @@ def test_a_third_person_decides_a_dispute(store: Store) -> None:
     assert taken(store, "cy").id == 1
     assert take(store, "dan") is None
     label(store, "cy", 1, category=CASE)
+    assert state(store, 1) == ("agreed", CASE, 3)
+
+
+def test_a_dispute_waits_for_nobody_who_is_not_there(store: Store) -> None:
+    set_team(store, "ann", "bob", "cy")
+    fill(store, texts(1, people=2))
+    label(store, "ann", 1)
+    label(store, "bob", 1, category=CASE)
+    assert state(store, 1) == ("open", None, 3)
+    set_team(store, "ann", "bob")
+    assert state(store, 1) == ("open", None, 2)
+    with store.read() as db:
+        progress = queue.progress(db, "ann")
+    assert (progress.open, progress.disputed, progress.waiting) == (1, 1, 0)
+    set_team(store, "ann")  # has labelled it already
+    assert state(store, 1) == ("open", None, 2)
+    set_team(store, "dan")
+    assert taken(store, "dan").id == 1
+    label(store, "dan", 1, category=CASE)
     assert state(store, 1) == ("agreed", CASE, 3)
 
 
@@ -604,7 +623,7 @@ def test_search_and_similar_texts_without_a_server(browser: TestClient, desk: De
 
 def test_the_summary_shows_agreement_and_people(browser: TestClient, desk: Desk) -> None:
     assert "No text was labelled by two people yet." in browser.get("/review/summary").text
-    set_team(desk.store, 2)
+    set_team(desk.store, "ann", "bob")
     fill(desk.store, texts(10, people=2))
     for item in range(1, 11):
         label(desk.store, "ann", item, category=CABLE if item % 2 else CASE)
@@ -614,6 +633,18 @@ def test_the_summary_shows_agreement_and_people(browser: TestClient, desk: Desk)
     assert "They agree on 100% of these." in page
     assert "1.00" in page
     assert "ann" in page
+
+
+def test_who_is_removed_decides_no_dispute(browser: TestClient, desk: Desk) -> None:
+    """The desk sees it at once, without a restart. The page says what becomes of the text."""
+    set_team(desk.store, "local", "bob", "cy")
+    fill(desk.store, texts(1, people=2))
+    label(desk.store, "local", 1)
+    label(desk.store, "bob", 1, category=CASE)
+    page = browser.get("/review").text  # by now there are no people
+    assert "All texts are labelled." in page
+    assert "People disagree on 1 texts, and nobody is left to decide." in page
+    assert "1 disputed" in page
 
 
 def test_the_page_speaks_chinese(browser: TestClient, desk: Desk) -> None:

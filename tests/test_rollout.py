@@ -6,13 +6,14 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,13 @@ from aisle.train.core.decisions import Category, Decisions, levels_of
 from aisle.train.core.settings import DecisionTargets
 
 from .conftest import aisle, rename_labels, seal, unseal, wait_for
+from .desk import DeskClient, desk_client
+from .test_desk_models import retrained
 from .test_triton import serving
 
 TEXTS = [f"{kind} {i}号" for i in range(4) for kind in ("红富士苹果", "手机壳 防摔", "猫粮 成猫", "usb cable")]
+
+PAUSE = 0.02  # seconds; leaves some of the CPU to a desk's jobs
 
 
 @dataclass
@@ -77,7 +82,8 @@ def live(repository: Path, other_checkpoint: Path, tmp_path_factory: pytest.Temp
     process, url = serving(copy)
     threading.Thread(target=process.communicate, daemon=True).start()  # otherwise its log would fill the pipe
     try:
-        assert build(other_checkpoint, copy, "openvino", "fp32")["version"] == 2
+        # As the desk builds it, so that its rollouts find it built.
+        assert build(other_checkpoint, copy, "openvino", "int8")["version"] == 2
         with Classifier(url, timeout=60) as classifier:
             yield Live(copy, url, classifier, classifier.classify(TEXTS))
     finally:
@@ -88,18 +94,18 @@ def live(repository: Path, other_checkpoint: Path, tmp_path_factory: pytest.Temp
 
 
 @contextmanager
-def load(url: str) -> Iterator[Load]:
-    """Let three callers send one text after the other."""
+def load(url: str, texts: Sequence[str] = TEXTS, pause: float = 0.0) -> Iterator[Load]:
+    """Let three callers send one text after the other, with a pause in seconds between two."""
     seen, done = Load(), threading.Event()
 
     def ask(first: int) -> None:
         with Classifier(url, timeout=60, retries=0) as classifier:
             for number in itertools.count(first):
-                if done.is_set():
+                if done.wait(pause):
                     return
                 try:
-                    text, decisions = number % len(TEXTS), number // 3 % 2 == 0
-                    seen.answers.append((text, classifier.classify([TEXTS[text]], decisions=decisions)[0]))
+                    text, decisions = number % len(texts), number // 3 % 2 == 0
+                    seen.answers.append((text, classifier.classify([texts[text]], decisions=decisions)[0]))
                 except Exception as error:
                     seen.errors.append(error)
 
@@ -157,6 +163,94 @@ def test_deploy_and_rollback_lose_no_request(live: Live) -> None:
     assert versions[-5:] == [1] * 5
 
 
+@pytest.fixture
+def desk(live: Live, other_checkpoint: Path, tmp_path: Path) -> Iterator[DeskClient]:
+    """A desk with a retraining whose checkpoint is version 2."""
+    with desk_client(tmp_path / "desk", live.url, repository=live.repository) as client:
+        with client.desk.store.write() as db:
+            row = json.dumps([retrained(other_checkpoint)]), time.time()
+            db.execute(
+                "INSERT INTO jobs (kind, commands, detail, person, state, result, at) "
+                "VALUES ('retrain', '[]', '{}', 'li', 'done', ?, ?)",
+                row,
+            )
+        yield client
+
+
+def press(desk: DeskClient, button: str, **fields: object) -> tuple[str, str]:
+    """Press a button of Models; return all that its job showed, and the page at the end."""
+    assert desk.act(f"/models/{button}", None, **fields).status_code == 200
+    job = desk.desk.jobs.last("deploy", "rollback")
+    assert job is not None
+    shown = set()
+
+    def ended() -> bool:
+        answer = desk.get(f"/jobs/{job.id}")
+        shown.add(answer.text)
+        return "hx-refresh" in answer.headers
+
+    wait_for(ended, 600)
+    return "".join(shown), desk.get("/models").text
+
+
+def test_the_desk_tries_promotes_and_rolls_back(live: Live, desk: DeskClient) -> None:
+    none = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 0, "canary_seconds": 0}
+    with load(live.url, pause=PAUSE) as seen:
+        shown, page = press(desk, "deploy", **{**none, "shadow": 1, "agreement": 90})
+        assert "Shadow: version 2 gets copies of the requests. Version 1 answers all of them." in shown
+        assert "live texts; 90.00% are required" in page
+        assert "The new version is not live. Version 1 answers all requests." in page
+        assert {answer.version for _, answer in seen.answers} == {1}
+
+        before = len(seen.answers)
+        shown, page = press(desk, "deploy", **{**none, "shadow": 1, "canary": 50, "canary_seconds": 2})
+        assert "Canary: version 2 answers 50.0% of the requests." in shown
+        assert max(map(int, re.findall(r"Requests that the canary answered: (\d+)", shown))) > 0
+        assert "Version 2 is live. Version 1 is kept for a rollback." in page
+        assert re.search(r"Version 2 went live on 1 servers at [-\d: ]+, by local\.", page)
+        assert re.search(r"Agreement of both versions</th><td class=\"number\">\d+\.\d\d%", page)
+        assert "rolled out the checkpoint of retraining 1" in page
+        versions = [answer.version for _, answer in seen.answers[before:]]
+        turn = versions.index(2)
+        assert 1 in versions[turn:]  # both answer during the canary
+        assert versions[-3:] == [2] * 3
+
+        _, page = press(desk, "rollback")
+        assert "Version 1 is live. Version 2 is kept for a rollback." in page
+        assert ">rolled back</td>" in page
+    assert seen.errors == []
+
+
+@pytest.fixture
+def without_unknown_token(live: Live) -> Iterator[None]:
+    """Version 2 with a tokenizer that fails on unknown characters. The requests before a canary have none."""
+    folder = live.repository / "tokenizer" / "2"
+    whole = {name: (folder / name).read_text("utf-8") for name in ("tokenizer.json", "fast.json")}
+    tokenizer = json.loads(whole["tokenizer.json"])
+    tokenizer["model"]["unk_token"] = "[NONE]"
+    broken = {"tokenizer.json": json.dumps(tokenizer), "fast.json": json.dumps({"exact": False})}
+    for content in (broken, whole):
+        for name, text in content.items():
+            (folder / name).write_text(text, "utf-8")
+            seal(live.repository, 2, f"tokenizer/{name}")
+        if content is broken:
+            yield
+
+
+@pytest.mark.usefixtures("without_unknown_token")
+def test_the_desk_says_why_a_canary_was_taken_back(live: Live, desk: DeskClient) -> None:
+    with load(live.url, ["🦄 手机壳", *TEXTS], PAUSE) as seen:
+        fields = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 100, "canary_seconds": 1}
+        shown, page = press(desk, "deploy", **fields)
+    (why,) = re.findall('role="alert">([^<]+)<', page)
+    assert re.fullmatch(r"the new version failed on \d+ of its \d+ requests", why)
+    assert "Canary: version 2 answers 100.0% of the requests." in shown
+    assert "The new version is not live. Version 1 answers all requests." in page
+    assert seen.errors == []  # the live version answered those
+    assert {answer.version for text, answer in seen.answers if text == 0} == {1}
+    assert (Release.load(live.repository).live, Release.load(live.repository).candidate) == (1, None)
+
+
 def test_a_version_that_disagrees_is_refused(live: Live) -> None:
     with load(live.url) as seen:
         done = aisle("deploy", "--repository", live.repository, "--version", "2", "--shadow", "2")
@@ -206,6 +300,9 @@ def test_without_a_server_the_next_start_serves_the_version(
     assert "version 2 has no decisions, unlike version 1" in capsys.readouterr().err
     assert (Release.load(copy).live, Release.load(copy).previous) == (2, 1)
     assert rollback(copy)["version"] == 1
+    replace(Release.load(copy), candidate=2, share=0.5).save(copy)  # as a rollout that was killed leaves it
+    assert deploy(copy, 1, Trial())["changed"] is False
+    assert (Release.load(copy).live, Release.load(copy).candidate, Release.load(copy).share) == (1, None, 0)
     with (copy / ".deploying").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="is running"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sqlite3
 import threading
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from aisle.client import Classifier
 from aisle.deploy.desk import languages, queue
 from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.jobs import TITLES, Jobs
-from aisle.deploy.desk.store import Store, setting
+from aisle.deploy.desk.store import Store, follow_folder, setting
 from aisle.deploy.desk.users import NOBODY, Users
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
@@ -83,7 +84,8 @@ class Desk:
             )
         self.store = Store(options.folder / "desk.sqlite")
         with self.store.write() as db:
-            queue.set_team(db, len(self.users.names()))
+            follow_folder(db, options.folder.resolve())
+            self.set_team(db)
         self._categories: tuple[int, list[str]] = 0, []  # of a version
         self._categories_lock = threading.Lock()
         self.jobs = Jobs(self.store, options.folder / "jobs")
@@ -95,6 +97,10 @@ class Desk:
             undefined=jinja2.StrictUndefined,
         )
         self._templates.filters |= {"when": _when, "percent": _percent}
+
+    def set_team(self, db: sqlite3.Connection) -> None:
+        """Tell the review queue who uses the desk. People come and go while it runs."""
+        queue.set_team(db, self.users.names() or [NOBODY])
 
     @property
     def login(self) -> bool:

@@ -5,9 +5,10 @@ All functions work on a connection of `Store.write` or `Store.read`, and get the
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from aisle.train.adapt.labelling_tools import Disputed, majority
 from aisle.train.adapt.review import margin
 
 SECOND_OPINIONS = 10  # one in so many texts is labelled by two people
-ALONE = "one person"  # setting: not empty if one person alone uses the desk
+TEAM = "team"  # setting: the names of the people who use the desk, as JSON
 MOST_PEOPLE = 5  # for one text; if no more than half of them agree, it stays open as disputed
 LEASE_SECONDS = 600.0  # a text goes to someone else afterwards
 FEWEST_PAIRS = 10  # texts with two labels, for kappa
@@ -62,7 +63,7 @@ class Progress:
     mine: int  # labels of this person
     skipped: int  # open texts that this person skipped
     waiting: int  # have a label and need another person's
-    disputed: int  # labelled by `MOST_PEOPLE` without a majority
+    disputed: int  # labelled without a majority by `MOST_PEOPLE`, or by all people that there are
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,10 @@ def progress(db: sqlite3.Connection, person: str) -> Progress:
         (person,),
     ).fetchone()[0]
     half = db.execute(
-        "SELECT items.id, count(*) AS number FROM items JOIN labels ON labels.item = items.id "
+        "SELECT items.wanted, count(*) AS number FROM items JOIN labels ON labels.item = items.id "
         "WHERE state = 'open' AND kind != 'skip' GROUP BY items.id"
     ).fetchall()
-    disputed = sum(row["number"] >= MOST_PEOPLE for row in half)
+    disputed = sum(row["number"] >= row["wanted"] for row in half)
     done = states["agreed"] + states["none"]
     mine = kinds["category"] + kinds["none"]
     return Progress(states["open"], done, mine, skipped, len(half) - disputed, disputed)
@@ -230,17 +231,27 @@ def corrections(db: sqlite3.Connection) -> Iterator[dict[str, str]]:
         yield {"text": row["text"], "correct_category": row["agreed"]}
 
 
-def set_team(db: sqlite3.Connection, people: int) -> None:
-    """Say how many people use the desk. One person alone gives no second opinions, and no text waits for any."""
-    set_setting(db, ALONE, "yes" if people < 2 else "")
-    if people < 2:
-        for row in db.execute("SELECT id FROM items WHERE state = 'open' AND wanted > 1").fetchall():
-            _decide(db, row["id"], 1)
+def set_team(db: sqlite3.Connection, people: Sequence[str]) -> None:
+    """Say who uses the desk. One person alone gives no second opinions, and no text waits for who has left."""
+    names = json.dumps(sorted(people))
+    if setting(db, TEAM) == names:
+        return
+    set_setting(db, TEAM, names)
+    for row in db.execute("SELECT id, key FROM items WHERE state = 'open' AND wanted > 1").fetchall():
+        _decide(db, row["id"], _people(db, row["key"]))
+
+
+def _team(db: sqlite3.Connection) -> list[str] | None:
+    """Return who uses the desk; None if nobody said so."""
+    names = setting(db, TEAM)
+    return None if names is None else json.loads(names)
 
 
 def _people(db: sqlite3.Connection, key: bytes) -> int:
     """Return how many people label a text at first. It depends on the text alone, so it is a fair sample."""
-    return 2 if key[0] % SECOND_OPINIONS == 0 and not setting(db, ALONE) else 1
+    team = _team(db)
+    alone = team is not None and len(team) < 2
+    return 2 if key[0] % SECOND_OPINIONS == 0 and not alone else 1
 
 
 def _is_free(db: sqlite3.Connection, person: str, item: int, now: float) -> bool:
@@ -257,15 +268,17 @@ def _lease(db: sqlite3.Connection, person: str, item: int, now: float) -> Item:
 
 
 def _decide(db: sqlite3.Connection, item: int, wanted: int) -> None:
-    """Set the state of a text from its labels. If `wanted` people do not agree, one more decides."""
-    rows = db.execute("SELECT category FROM labels WHERE item = ? AND kind != 'skip'", (item,)).fetchall()
+    """Set the state of a text from its labels. If `wanted` people do not agree, one more decides, if there is one."""
+    rows = db.execute("SELECT person, category FROM labels WHERE item = ? AND kind != 'skip'", (item,)).fetchall()
     state, agreed = "open", None
     if len(rows) >= wanted:
         try:
             agreed = majority([row["category"] for row in rows])
             state = "none" if agreed is None else "agreed"
         except Disputed:
-            wanted = min(len(rows) + 1, MOST_PEOPLE)
+            team = _team(db)
+            another = team is None or bool({*team} - {row["person"] for row in rows})
+            wanted = min(len(rows) + another, MOST_PEOPLE)
     values = state, agreed, wanted, item
     db.execute("UPDATE items SET state = ?, agreed = ?, wanted = ? WHERE id = ?", values)
 

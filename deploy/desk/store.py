@@ -13,6 +13,7 @@ from typing import Any
 from aisle.errors import InputError
 
 VERSION = 1  # of the schema
+FOLDER = "folder"  # setting: where the desk's files were at the last start
 WAIT_SECONDS = 30.0  # for another writer
 
 SCHEMA = (
@@ -117,3 +118,31 @@ def set_setting(db: sqlite3.Connection, name: str, value: str) -> None:
     db.execute(
         "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
     )
+
+
+def follow_folder(db: sqlite3.Connection, folder: Path) -> None:
+    """Have the paths of jobs and settings lead into the desk's folder as it is now. It may have been moved."""
+    before, now = setting(db, FOLDER), str(folder)
+    set_setting(db, FOLDER, now)
+    if before is None or before == now:
+        return
+    for row in db.execute("SELECT id, commands, detail, result FROM jobs").fetchall():
+        moved = [each and _moved_json(each, before, now) for each in tuple(row)[1:]]
+        db.execute("UPDATE jobs SET commands = ?, detail = ?, result = ? WHERE id = ?", (*moved, row["id"]))
+    for row in db.execute("SELECT name, value FROM settings").fetchall():
+        set_setting(db, row["name"], _moved(row["value"], before, now))
+
+
+def _moved_json(content: str, before: str, now: str) -> str:
+    return json.dumps(_moved(json.loads(content), before, now), ensure_ascii=False)
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    """Return a value in which each path below a folder is below another one."""
+    if isinstance(value, str):
+        return now + value[len(before) :] if value.startswith(f"{before}/") else value
+    if isinstance(value, list):
+        return [_moved(each, before, now) for each in value]
+    if isinstance(value, dict):
+        return {name: _moved(each, before, now) for name, each in value.items()}
+    return value

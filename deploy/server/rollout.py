@@ -56,10 +56,12 @@ def _deploy(repository: Path, version: int, trial: Trial) -> dict[str, Any]:
     running = watch.settle()
     release = _current(repository, version, running)
     result: dict[str, Any] = {"version": version, "previous": release.live, **_summary(repository, version, running)}
+    steady = replace(release, candidate=None, share=0.0, shadow=False)
     if version == release.live:
+        if release.candidate is not None:  # a rollout was killed during its trial
+            _follow(watch, steady, "ending the trial")
         return {**result, "previous": release.previous, "changed": False}
     _warn_of_lost_decisions(repository, release.live, version)
-    steady = replace(release, candidate=None, share=0.0, shadow=False)
     try:
         release = _follow(watch, replace(steady, candidate=version), "loading")
         if trial.shadow_seconds:

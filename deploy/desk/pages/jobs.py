@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from aisle.deploy.desk.desk import Desk
 from aisle.deploy.desk.errors import Problem
+from aisle.deploy.desk.pages.models import trial
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -18,7 +19,8 @@ def routes(desk: Desk) -> APIRouter:
         found = desk.jobs.get(job)
         if found is None:
             raise Problem("This job does not exist.", 404)
-        answer = desk.render(request, "_job.html", job=found, progress=desk.jobs.progress(job))
+        progress = desk.jobs.progress(job)
+        answer = desk.render(request, "_job.html", job=found, progress=progress, trial=trial(desk, found))
         if not found.active:
             answer.headers["HX-Refresh"] = "true"
         return answer

@@ -18,7 +18,8 @@ from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.guard import field, form
 from aisle.deploy.desk.jobs import Job, Results, Write
 from aisle.deploy.desk.store import events, set_setting, setting
-from aisle.deploy.server.release import Release
+from aisle.deploy.server.release import Release, servers
+from aisle.deploy.server.rollout import total
 from aisle.errors import InputError
 from aisle.files import write_text
 from aisle.preprocess.clean import content_key
@@ -234,6 +235,7 @@ def _page(desk: Desk) -> dict[str, Any]:
         **values,
         "job": job,
         "progress": desk.jobs.progress(job.id) if job else {},
+        "trial": trial(desk, job),
         "checkpoint": desk.checkpoint,
         "release": _release(desk),
         "made": made,
@@ -242,6 +244,22 @@ def _page(desk: Desk) -> dict[str, Any]:
         "deployable": bool(result) and str(desk.checkpoint) != result["checkpoint"],
         "rollout": rollout,
     }
+
+
+def trial(desk: Desk, job: Job | None) -> dict[str, Any] | None:
+    """Return how the new version does while a rollout tries it: the step, and the figures of the servers so far.
+
+    None if no rollout runs, and before its version is built.
+    """
+    release = _release(desk) if job and job.kind == "deploy" and job.state == "running" else None
+    if release is None or release.candidate is None:
+        return None
+    counted = [each for each in servers(desk.options.repository) if each.revision == release.revision]
+    counts = total(counted)
+    compared, requests = counts.get("shadow_compared", 0), counts.get("candidate_requests", 0)
+    agreement = counts.get("shadow_agreed", 0) / compared if compared else None
+    figures = {"compared": compared, "agreement": agreement, "requests": requests}
+    return {"release": release, "failures": counts.get("candidate_failures", 0), **figures}
 
 
 def _release(desk: Desk) -> Release | None:

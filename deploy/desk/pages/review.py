@@ -100,6 +100,7 @@ class _Page:
         """Give the person a text and show it. All is written before it is shown."""
         person = self._desk.person(request)
         with self._desk.store.write() as db:
+            self._desk.set_team(db)
             item = queue.take(db, person, time.time())
             progress, used = queue.progress(db, person), queue.most_used(db, CHOICES)
         prediction = self._model.predict(item.text) if item else None

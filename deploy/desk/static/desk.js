@@ -15,7 +15,12 @@ document.addEventListener("submit", (event) => {
   request.setRequestHeader("X-CSRF-Token", document.body.dataset.csrf);
   request.setRequestHeader("HX-Request", "true");
   request.setRequestHeader("Content-Type", "application/octet-stream");
-  request.upload.onprogress = (sent) => { bar.hidden = false; bar.max = sent.total; bar.value = sent.loaded; };
+  let quarter = 0;
+  request.upload.onprogress = (sent) => {
+    bar.hidden = false; bar.max = sent.total; bar.value = sent.loaded;
+    const now = Math.floor(4 * sent.loaded / sent.total);
+    if (now > quarter) announce(`${25 * (quarter = now)}%`);
+  };
   request.onload = () => {
     bar.hidden = true;
     const next = request.getResponseHeader("HX-Redirect");
@@ -50,6 +55,36 @@ document.addEventListener("htmx:beforeOnLoad", () => showLost(false));
 document.addEventListener("htmx:afterSwap", (event) => {
   const spoken = event.detail.target.querySelector?.("[data-announce]");
   if (spoken) announce(spoken.dataset.announce);
+});
+
+// A job's state is announced when it changes. The page is loaded again at the end, so the tab remembers what was said.
+function followJobs() {
+  for (const job of document.querySelectorAll(".job")) {
+    const said = sessionStorage.getItem(job.id), now = job.dataset.state, active = job.hasAttribute("hx-get");
+    if (said !== now && (active || said !== null)) setTimeout(announce, 100, now); // a change is heard only after the page has loaded
+    if (active) sessionStorage.setItem(job.id, now); else sessionStorage.removeItem(job.id);
+  }
+}
+document.addEventListener("htmx:afterSettle", followJobs);
+addEventListener("load", followJobs);
+
+// A page that is loaded again, for another language or at the end of a job, keeps what was typed. An answer is asked again.
+function typed() {
+  return [...document.querySelectorAll("main :is(textarea, select, input:not([type=password], [type=file], [type=hidden], [type=checkbox]))")];
+}
+document.addEventListener("htmx:beforeOnLoad", (event) => {
+  if (event.detail.xhr.getResponseHeader("HX-Refresh") !== "true") return;
+  const again = document.querySelector("form[data-again]");
+  const asked = Boolean(again && document.querySelector(again.dataset.again).childElementCount);
+  const values = Object.fromEntries(typed().map((each) => [each.name, each.value]));
+  sessionStorage.setItem("typed", JSON.stringify({ page: location.pathname, asked, values }));
+});
+addEventListener("load", () => {
+  const kept = JSON.parse(sessionStorage.getItem("typed"));
+  sessionStorage.removeItem("typed");
+  if (kept?.page !== location.pathname) return;
+  for (const each of typed()) each.value = kept.values[each.name] ?? each.value;
+  if (kept.asked) document.querySelector("form[data-again]")?.requestSubmit();
 });
 
 // The review page: its keys, the search of categories, and where the focus goes.
