@@ -10,6 +10,7 @@ COMMAND = "aisle.cli:main"
 # The project of a module, if its name differs.
 PROJECTS = {
     "cuda": "cuda-bindings",
+    "faiss": "faiss-cpu",
     "python_calamine": "python-calamine",
     "opentelemetry": "opentelemetry-api",
     "pytriton": "nvidia-pytriton",

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from aisle.preprocess import fast
 from aisle.preprocess.clean import clean, is_clean, prepare
-from aisle.preprocess.encode import SPECIAL, TextTokenizer
+from aisle.preprocess.encode import SPECIAL, TextTokenizer, read_special_tokens_as_text
 from aisle.train.fit.model import train_tokenizer
 from aisle.train.synthetic.catalogue import generate
 
@@ -84,6 +84,7 @@ def test_the_fast_tokenizer_is_exact(name: str, tmp_path: Path) -> None:
     """Over texts and fuzz, with truncation; and the encoder that uses it says of each text what it said before."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.enable_truncation(LIMIT)
+    read_special_tokens_as_text(tokenizer)
     decision = fast.decide(tokenizer, TEXTS, LIMIT)
     assert decision["exact"], decision
     assert decision["texts"] == len(TEXTS) + fast.FUZZED
@@ -123,6 +124,7 @@ def test_the_beginning_of_a_long_text_is_enough(tmp_path: Path) -> None:
         TextTokenizer(tmp_path / "tokenizer.json"),
         Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
     )
+    read_special_tokens_as_text(tokenizer)
     words = "[MASK] " * 10 + "苹果,"
     texts = [
         " ".join(TEXTS[:300]),
