@@ -80,6 +80,7 @@ def visit(page: Page, url: str, table: Path, out: Path) -> None:
     page.goto(f"{url}/quality")
     page.get_by_role("button", name="Measure").click()
     page.get_by_role("heading", name="Confusions").wait_for()
+    page.locator(".chart").evaluate_all("charts => Promise.all(charts.map(chart => chart.decode()))")  # all are drawn
     keep("quality")
     page.goto(f"{url}/models")
     keep("models")
