@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,13 @@ def write_private(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Move `folder` to `out`; then delete the folder that was there before."""
+    old = folder.with_name("replaced")
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    if old.exists():
+        shutil.rmtree(old)

@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+ROTARY = "rotary_"  # the names of the rotary frequencies start with it
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -96,6 +98,8 @@ class Encoder(nn.Module):
         self.pooler = nn.Linear(shape.hidden, shape.hidden)
         self.head_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
         self.classifier = nn.Linear(shape.hidden, shape.labels)
+        for theta in {*shape.thetas}:
+            self.register_buffer(_rotary(theta), _inverse_frequencies(theta, shape.width))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the first layer's input […, hidden], for token ids and positions of any shape."""
@@ -108,6 +112,15 @@ class Encoder(nn.Module):
         else:
             hidden = self.widen(self.norm(words, positions))
         return hidden
+
+    def turns(self, position_ids: Tensor) -> dict[float, tuple[Tensor, Tensor]]:
+        """Return the cosine and sine of each rotary base, [rows, 1, width, head size] or [tokens, 1, head size]."""
+        found = {}
+        for theta in {*self.shape.thetas}:
+            angles = (position_ids[..., None].float() * self.get_buffer(_rotary(theta)))[:, None]
+            angles = torch.cat((angles, angles), dim=-1)
+            found[theta] = angles.cos(), angles.sin()
+        return found
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32 of pooled hidden states [texts, hidden]."""
@@ -129,7 +142,8 @@ class Encoder(nn.Module):
         """Copy the weights that `families.Family.weights` returns, and convert them to the types used here."""
         with torch.no_grad():
             for name, own in [*self.named_parameters(), *self.named_buffers()]:
-                own.copy_(weights[name].detach())
+                if not name.startswith(ROTARY):  # which is computed
+                    own.copy_(weights[name].detach())
 
 
 class Layer(nn.Module):
@@ -212,6 +226,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def inverse_frequencies(theta: float, width: int) -> Tensor:
+def _rotary(theta: float) -> str:
+    return f"{ROTARY}{theta:g}".replace(".", "_").replace("+", "")
+
+
+def _inverse_frequencies(theta: float, width: int) -> Tensor:
     """Return the rotary frequencies [width / 2] of a base."""
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float) / width)

@@ -295,7 +295,8 @@ def family_of(model: Any) -> Bert:
     family = FAMILIES.get(config.model_type)
     if family is None or type(model).__name__ != SUPPORTED[config.model_type] or getattr(config, "is_decoder", False):
         raise InputError(f"cannot compile a {type(model).__name__}; give a classifier: {', '.join(SUPPORTED.values())}")
-    for activation in {family.shape(model).activation, family.shape(model).head} - {*ACTIVATIONS}:
+    shape = family.shape(model)
+    for activation in {shape.activation, shape.head} - {*ACTIVATIONS}:
         raise InputError(f"cannot compile the activation {activation!r}, only {', '.join(ACTIVATIONS)}")
     return family
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aisle.build.encoder import Encoder, Layer, Shape, inverse_frequencies, rotate
+from aisle.build.encoder import Encoder, Layer, Shape, rotate
 from aisle.build.families import family_of
 
 MASKED = -1e9  # added to the attention scores between different texts: after softmax they are exactly 0
@@ -41,10 +41,7 @@ class PackedEncoder(Encoder):
             self.register_buffer("distance_bias", torch.empty(shape.heads, 2 * shape.positions - 1))
         if shape.relative == "disentangled":
             self.register_buffer("distance_bucket", torch.empty(2 * shape.positions - 1, dtype=torch.long))
-        for theta in {*shape.thetas}:
-            self.register_buffer(_rotary(theta), inverse_frequencies(theta, shape.width), persistent=False)
         weights = family.weights(model)
-        weights |= {name: each for name, each in self.named_buffers() if name.startswith("rotary")}
         self.load(weights | _scaled(weights, shape))
         self.requires_grad_(False)
 
@@ -81,15 +78,10 @@ class PackedEncoder(Encoder):
         masks = {0: mask}
         for window in {*shape.windows} - {0}:
             masks[window] = torch.where(away.abs() <= window, mask, MASKED)
-        turns = {}
-        for theta in {*shape.thetas}:
-            angles = (position_ids[..., None].float() * self.get_buffer(_rotary(theta)))[:, None]
-            angles = torch.cat((angles, angles), dim=-1)
-            turns[theta] = angles.cos(), angles.sin()
         bucket = None
         if shape.relative == "disentangled":
             bucket = self.get_buffer("distance_bucket")[number.clamp(0, 2 * shape.positions - 2)]
-        return Batch(masks, turns, bucket)
+        return Batch(masks, self.turns(position_ids), bucket)
 
     def mask(self, segment_ids: Tensor) -> Tensor:
         """Return the attention mask [rows, 1, width, width], added to the scores: 0 within a text, else `MASKED`."""
@@ -168,7 +160,3 @@ def _scaled(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
         elif name.endswith("distance_query"):
             found[name] = tensor * scale
     return found
-
-
-def _rotary(theta: float) -> str:
-    return f"rotary_{theta:g}".replace(".", "_").replace("+", "")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aisle.build.encoder import Encoder, Layer, Shape, inverse_frequencies, rotate
+from aisle.build.encoder import Encoder, Layer, Shape, rotate
 from aisle.build.families import family_of
 from aisle.build.graph import mean
 from aisle.errors import InputError
@@ -60,8 +60,6 @@ class VarlenEncoder(Encoder):
         fused = fuse_gelu and shape.activation == "gelu" and dtype in (torch.float16, torch.bfloat16)
         layer = GeluLayer if fused else Layer
         super().__init__(shape, dtype, lambda number: VarlenAttention(shape, number, max_tokens), layer)
-        for theta in {*shape.thetas}:
-            self.register_buffer(f"rotary_{int(theta)}", inverse_frequencies(theta, shape.width))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, offsets: Tensor) -> Tensor:
         """Return [texts, outputs] in fp32: the logits and, if `shape.embeds`, the embeddings.
@@ -73,7 +71,7 @@ class VarlenEncoder(Encoder):
                 meaningless.
         """
         hidden = self.embed(input_ids, position_ids)  # [tokens, hidden]
-        batch = Batch(offsets, {theta: self._turn(theta, position_ids) for theta in {*self.shape.thetas}})
+        batch = Batch(offsets, self.turns(position_ids))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
         first = offsets[:-1].clamp(max=input_ids.shape[0] - 1)
@@ -83,11 +81,6 @@ class VarlenEncoder(Encoder):
             # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
             pooled = self.last(self.layers[-1](hidden, batch, first))
         return self.outputs(pooled) if self.shape.embeds else self.classify(pooled)
-
-    def _turn(self, theta: float, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (position_ids[:, None].float() * self.get_buffer(f"rotary_{int(theta)}"))[:, None]
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
 
 
 class VarlenAttention(nn.Module):
@@ -160,8 +153,7 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 def copy_weights(module: VarlenEncoder, model: Any) -> VarlenEncoder:
     """Copy the weights of a classifier of transformers into a module of the same shape."""
-    weights = family_of(model).weights(model)
-    module.load(weights | {name: each for name, each in module.named_buffers() if name.startswith("rotary")})
+    module.load(family_of(model).weights(model))
     return module.eval()
 
 

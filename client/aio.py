@@ -80,9 +80,7 @@ class AsyncClassifier(Connection):
 
     async def embed(self, texts: Iterable[Text]) -> npt.NDArray[np.float32]:
         """Return the embeddings [texts, size] of `texts`, in the same order; see `Classifier.embed`."""
-        found = await self._ask(texts, self._embed_batch)
-        wire.check_one_version({each.version for each in found})
-        return np.stack([each.values for each in found]) if found else np.empty((0, 0), np.float32)
+        return wire.matrix(await self._ask(texts, self._embed_batch))
 
     async def _ask(self, texts: Iterable[Text], request: Request[T]) -> list[T]:
         """Return the answers to all texts; `request` sends a batch of them."""

@@ -112,10 +112,7 @@ class Classifier(Connection):
         """Return the embeddings of `texts`, as `embed` does, and the version that made them; 0 without texts."""
         wire.check_list(texts)
         found: list[Embedding] = self._ask(texts, EMBEDDING, self._embed_batch)
-        wire.check_one_version({each.version for each in found})
-        if not found:
-            return np.empty((0, 0), np.float32), 0
-        return np.stack([each.values for each in found]), found[0].version
+        return wire.matrix(found), found[0].version if found else 0
 
     def stream_embeddings(self, texts: Iterable[Text | None]) -> Iterator[Embedding | Failure]:
         """Yield the embedding of each text, in the same order and in constant memory; otherwise as `stream`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from aisle.client.embedding import MODEL
 from aisle.errors import InputError
 from aisle.extras import install
+from aisle.files import put_in_place, write_json
 from aisle.preprocess.tables.columnar import load_pyarrow, open_parquet
 
 EXACT = 50_000  # vectors; above, an exact search takes longer than a classification, and a graph is searched instead
@@ -52,17 +52,14 @@ def build_index(source: Path, out: Path) -> dict[str, Any]:
     index.add(vectors)
     kind = "exact" if len(vectors) <= EXACT else "HNSW"
     about = {"model": model, "rows": len(vectors), "size": vectors.shape[1], "kind": kind, "source": source.name}
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.writing")
-    try:
-        beside.mkdir(parents=True)
-        faiss.write_index(index, str(beside / INDEX))
-        load_pyarrow().parquet.write_table(rows, beside / ROWS)
-        (beside / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        folder = Path(work, "index")
+        folder.mkdir()
+        faiss.write_index(index, str(folder / INDEX))
+        load_pyarrow().parquet.write_table(rows, folder / ROWS)
+        write_json(folder / ABOUT, about)
+        put_in_place(folder, out)
     return {**about, "output": str(out)}
 
 

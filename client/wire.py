@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
 from aisle.client.protocol import (
@@ -212,6 +213,16 @@ def embeddings(message: bytes) -> list[Embedding]:
     except (KeyError, ValueError, IndexError):
         message_of = f"the server's model {EMBEDDINGS_MODEL} is not from Aisle: it gave no embedding [n, size]"
         raise ClassifierError("", message_of) from None
+
+
+def matrix(found: Sequence[Embedding]) -> npt.NDArray[np.float32]:
+    """Return the vectors of embeddings, [texts, size].
+
+    Raises:
+        ClassifierError: several versions answered.
+    """
+    check_one_version({each.version for each in found})
+    return np.stack([each.values for each in found]) if found else np.empty((0, 0), np.float32)
 
 
 def check_one_version(versions: Set[int]) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 app = Stage()
 Folder = Annotated[Path, typer.Option(callback=folder_to_write, help="The folder of the desk's own files.")]
+TextsOrFile = Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")]
 TopK = Annotated[int, typer.Option(min=1, help="Number of categories for each text.")]
 
 
@@ -231,7 +233,7 @@ def _check_memory(cache_mb: int) -> None:
 @writes_tables
 def classify(
     ctx: typer.Context,
-    what: Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")],
+    what: TextsOrFile,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .jsonl, .csv, .parquet."),
@@ -247,7 +249,7 @@ def classify(
         ),
     ] = None,
     text_column: TextColumn = "text",
-    timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")] = 10.0,
+    timeout: Timeout = 10.0,
     log: Annotated[
         Path | None,
         typer.Option(callback=file_to_write, help="Append the answers to a log for `aisle drift`, without texts."),
@@ -288,14 +290,14 @@ def classify(
 @reads_tables
 def embed(
     ctx: typer.Context,
-    what: Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")],
+    what: TextsOrFile,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .parquet or .npy."),
     ] = None,
     url: Url = "localhost:8001",
     text_column: TextColumn = "text",
-    timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")] = 10.0,
+    timeout: Timeout = 10.0,
     as_json: Json = False,
 ) -> None:
     """Turn texts, or every row of a file, into embeddings: vectors of length 1, near each other for similar texts."""

@@ -50,8 +50,7 @@ class AnswerStream(Response):
         with self._streams.one(), continued(self._request.headers):
             # The status can tell only what is known before the first line: no server, no token, too few categories, no
             # decisions.
-            top_k, decisions, _ = self._wanted
-            await self._client.classify(["probe"], top_k, decisions=decisions)
+            await self._client.classify(["probe"], self._wanted.top_k, decisions=self._wanted.decisions)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             lines = Lines(receive)
             work = asyncio.create_task(self._answer(lines, scope, send))
@@ -68,8 +67,8 @@ class AnswerStream(Response):
 
     async def _answer(self, lines: Lines, scope: Scope, send: Send) -> None:
         try:
-            top_k, decisions, _ = self._wanted
-            async with aclosing(self._bulk.stream(lines, top_k, decisions=decisions)) as answers:
+            wanted = self._wanted
+            async with aclosing(self._bulk.stream(lines, wanted.top_k, decisions=wanted.decisions)) as answers:
                 number, waiting = 0, []
                 async for answer in answers:
                     waiting.append(_line(lines.faults.pop(number, answer)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -169,9 +169,9 @@ class TritonPythonModel:
         top_ks, with_logits = optional(request, "top_k"), optional(request, "return_logits")
         parameters = request.parameters()
         wanted = with_logits is not None and bool(with_logits.any())
-        embedded = self.asks_for_embeddings(request)
+        embedded = self.asks_for(request, {"embedding"}, self.engine.spec.embedding, NO_EMBEDDINGS)
         top_k, unknown = self.labels.top_k(top_ks), optional(request, "unknown_tokens")
-        decided = self.asks_for_decisions(request)
+        decided = self.asks_for(request, OUTPUTS, self.decider, MISSING)
         found = self.look_up(tokens, lengths, top_k, wanted or embedded, decided)
         call = Call(request, top_k, unknown, wanted, embedded, decided, *found)
         if len(call.missing) < len(call.keys):
@@ -180,30 +180,19 @@ class TritonPythonModel:
         timeout = self.callers.timeout(parameters, request.timeout())
         return QueuedRequest(call, tokens, lengths, is_bulk(parameters), timeout)
 
-    def asks_for_decisions(self, request: Any) -> bool:
-        """Return whether a request names an output of the decisions.
+    def asks_for(self, request: Any, outputs: Iterable[str], available: Any, missing: str) -> bool:
+        """Return whether a request names one of some outputs.
 
-        One that names no output at all, which Triton shows as all outputs, gets no decisions, as it gets no logits.
-
-        Raises:
-            InputError: it does, and this version has no decisions.
-        """
-        named = set(request.requested_output_names())
-        asks = not named.isdisjoint(OUTPUTS) and named != self.outputs
-        if asks and not self.decider:
-            raise InputError(MISSING)
-        return asks
-
-    def asks_for_embeddings(self, request: Any) -> bool:
-        """Return whether a request names the embedding.
+        One that names no output at all, which Triton shows as all outputs, gets neither decisions nor embeddings, as it
+        gets no logits.
 
         Raises:
-            InputError: it does, and this version has no embeddings.
+            InputError: it does, and they are not `available` in this version; the message is `missing`.
         """
         named = set(request.requested_output_names())
-        asks = "embedding" in named and named != self.outputs
-        if asks and not self.engine.spec.embedding:
-            raise InputError(NO_EMBEDDINGS)
+        asks = not named.isdisjoint(outputs) and named != self.outputs
+        if asks and not available:
+            raise InputError(missing)
         return asks
 
     def look_up(
@@ -258,12 +247,14 @@ class TritonPythonModel:
 
     def ranked(self, waiting: Sequence[QueuedRequest], outputs: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
         """Rank the categories of all texts together, and count them."""
-        together, labels = np.concatenate(outputs), self.engine.spec.labels
-        if not np.isfinite(together).all():
-            return self.rank_finite(waiting, outputs)
-        logits = [own[:, :labels] for own in outputs]
         calls: list[Call] = [each.request for each in waiting]
-        pairs = pairs_of(together[:, :labels], max(call.top_k for call in calls))
+        labels = self.engine.spec.labels
+        logits = [own[:, :labels] for own in outputs]
+        together = np.concatenate(logits)  # without the embeddings, which few requests want
+        embeddings = (own for call, own in zip(calls, outputs, strict=True) if call.with_embeddings)
+        if not (np.isfinite(together).all() and all(np.isfinite(own).all() for own in embeddings)):
+            return self.rank_finite(waiting, outputs)
+        pairs = pairs_of(together, max(call.top_k for call in calls))
         parts = np.split(pairs, np.cumsum([len(own) for own in logits])[:-1])
         fresh = self.entries(calls, logits, parts)
         if self.cache:

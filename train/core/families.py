@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aisle.errors import InputError
@@ -21,6 +22,9 @@ SUPPORTED = {
     "xlm-roberta": "XLMRobertaForSequenceClassification",
 }
 NAMES = ", ".join(SUPPORTED)
+# Parameters by their names in transformers: those of a layer, and those below all layers. ALBERT's layers are one.
+LAYER = re.compile(r"\.layers?\.(\d+)\.")
+EMBEDDINGS = re.compile(r"embedding|\.encoder\.LayerNorm\.")
 OFFSET = ("camembert", "mpnet", "roberta", "xlm-roberta")  # their first position is not 0
 
 

@@ -131,13 +131,3 @@ def load_state(path: Path) -> dict[str, Any] | None:
         say(f"starting from the beginning: {path} cannot be read: {str(error).splitlines()[0]}")
         return None
     return state
-
-
-def put_in_place(folder: Path, out: Path) -> None:
-    """Move `folder` to `out`; then delete the folder that was there before."""
-    old = folder.with_name("replaced")
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    if old.exists():
-        shutil.rmtree(old)

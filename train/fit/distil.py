@@ -25,7 +25,7 @@ from aisle.preprocess.clean import clean_rows, content_key
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.tables.table import fingerprint, read_labelled
 from aisle.train.core.checkpoint import Checkpoint
-from aisle.train.core.families import dropout_settings
+from aisle.train.core.families import LAYER, dropout_settings
 from aisle.train.core.linear import LinearTeacher
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of, pad
@@ -34,7 +34,7 @@ from aisle.train.core.resume import STATE, check_replaceable, identity, working_
 from aisle.train.core.sample import warn_of_few
 from aisle.train.core.settings import SCRATCH, StudentSpec, TrainingSettings
 from aisle.train.core.split import Split, is_learnt, split
-from aisle.train.fit.loop import LAYER, Hooks, Scalars, fit
+from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.model import check_settings, from_pretrained
 from aisle.train.fit.pretrain import unlabelled
 from aisle.train.fit.prune import prune_vocabulary

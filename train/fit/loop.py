@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -18,14 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.train.core.checkpoint import check_finite
+from aisle.train.core.families import EMBEDDINGS, LAYER
 from aisle.train.core.processes import Processes
 from aisle.train.core.resume import load_state, save_state
 from aisle.train.core.settings import TrainingSettings
 
 Tokens = Sequence[Sequence[int]]
-# Parameters by their names in transformers: those of a layer, and those below all layers. ALBERT's layers are one.
-LAYER = re.compile(r"\.layers?\.(\d+)\.")
-EMBEDDINGS = re.compile(r"embedding|\.encoder\.LayerNorm\.")
 Scalars = dict[str, float]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import (
 from aisle.errors import InputError
 from aisle.preprocess.encode import SPECIAL, read_special_tokens_as_text
 from aisle.train.core.checkpoint import Checkpoint, check_complete, check_finite, check_names, check_pieces
-from aisle.train.core.families import check_family, dropout_settings, output_layer, token_limit
+from aisle.train.core.families import EMBEDDINGS, LAYER, check_family, dropout_settings, output_layer, token_limit
 from aisle.train.core.hub import is_local
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.fit.embed import embed
@@ -32,7 +31,6 @@ VOCABULARY = 12000
 # Minimum frequency of a piece. Rarer ones, such as whole model numbers, are memorized and do not generalize.
 RAREST = 10  # in small tables 1 + texts / TEXTS
 TEXTS = 2000
-ENCODER = re.compile(r"\.layers?\.\d+\.|embeddings\.")  # weights of the encoder, by their names in transformers
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
 
@@ -171,7 +169,8 @@ def load_model(architecture: Any, name: str, max_tokens: int, dropout: float, **
             local_files_only=local,
             **more,
         )
-        check_complete(name, model, filter(ENCODER.search, found["missing_keys"]))  # a classifier may be missing
+        encoder = [key for key in found["missing_keys"] if LAYER.search(key) or EMBEDDINGS.search(key)]
+        check_complete(name, model, encoder)  # the classifier may be missing
         check_pieces(name, tokenizer, model)
         check_finite(name, model)
     except InputError:

@@ -16,14 +16,14 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from aisle.console import say, track
 from aisle.errors import InputError
-from aisle.files import write_json
+from aisle.files import put_in_place, write_json
 from aisle.preprocess.clean import content_key, prepare
 from aisle.preprocess.encode import special_tokens
 from aisle.preprocess.tables.table import column, fingerprint, read_rows
 from aisle.preprocess.values import TextError
 from aisle.train.core.predict import pad
 from aisle.train.core.processes import processes
-from aisle.train.core.resume import STATE, check_replaceable, identity, put_in_place, working_folder
+from aisle.train.core.resume import STATE, check_replaceable, identity, working_folder
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import is_held_out, is_validation
 from aisle.train.fit.loop import Hooks, Scalars, fit, like_lengths

@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.files import put_in_place
 from aisle.preprocess.encode import TextTokenizer, read_special_tokens_as_text
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.checkpoint import Checkpoint, write_checkpoint
 from aisle.train.core.families import first_position
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
-from aisle.train.core.resume import check_replaceable, put_in_place, working_folder
+from aisle.train.core.resume import check_replaceable, working_folder
 from aisle.train.fit.decide import fit_on_texts
 from aisle.train.fit.pretrain import unlabelled
 from aisle.train.fit.unknown import cutting, isolates

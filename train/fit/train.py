@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from aisle.console import say
+from aisle.files import put_in_place
 from aisle.preprocess.clean import CleaningReport, LabelledTexts, clean_rows
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.labels import Labelling
@@ -26,7 +27,7 @@ from aisle.train.core.families import output_layer
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of, pad
 from aisle.train.core.processes import Processes, processes
-from aisle.train.core.resume import STATE, check_replaceable, identity, put_in_place, working_folder
+from aisle.train.core.resume import STATE, check_replaceable, identity, working_folder
 from aisle.train.core.sample import draw, warn_of_few
 from aisle.train.core.settings import DecisionTargets
 from aisle.train.core.settings import TrainingSettings as TrainingSettings
