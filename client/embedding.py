@@ -19,6 +19,7 @@ from aisle.client.protocol import Embedding, Failure
 from aisle.client.wire import check_one_version
 from aisle.errors import InputError
 from aisle.preprocess.tables.columnar import load_pyarrow
+from aisle.preprocess.tables.passthrough import encodable
 from aisle.preprocess.tables.table import read_rows
 from aisle.preprocess.tables.writing import refuse_same, replacing
 
@@ -90,7 +91,7 @@ def _rows(classifier: Classifier, source: Path, text_column: str, version: int) 
             check_one_version({version, answer.version})
             yield EmbeddedRow(text, answer.values, None)
         else:
-            yield EmbeddedRow(text, None, (fault or answer).message)
+            yield EmbeddedRow(text and encodable(text), None, (fault or answer).message)
 
 
 @contextmanager

@@ -75,14 +75,15 @@ class Index:
         faiss = _faiss()
         try:
             self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text("utf-8"))
-            flags = faiss.IO_FLAG_MMAP if self.about["kind"] == "exact" else 0
+            kind, count, _ = (self.about[name] for name in ("kind", "rows", "model"))
+            flags = faiss.IO_FLAG_MMAP if kind == "exact" else 0
             self._index: Any = faiss.read_index(str(folder / INDEX), flags)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise InputError(f"{folder} holds no index ({reason}); make one with aisle index") from None
         rows = open_parquet(folder / ROWS, folder / ROWS).read()
         self._rows, self._texts = rows.column("row"), rows.column("text")
-        if not len(rows) == self._index.ntotal == self.about["rows"]:
+        if not len(rows) == self._index.ntotal == count:
             raise InputError(f"{folder} is damaged: its files do not belong together; make it again with aisle index")
 
     def check_model(self, fingerprint: str) -> Self:

@@ -118,6 +118,17 @@ def test_a_file_is_embedded(server: Server, classifier: Classifier, checkpoint: 
     assert np.abs(array[[0, 2]] - expected).max() < 1e-3
 
 
+def test_a_bad_row_spoils_no_other(classifier: Classifier, tmp_path: Path) -> None:
+    """Not even one whose text Parquet cannot hold."""
+    table = tmp_path / "table.jsonl"
+    values = ['"good"', '"\\ud800"', "null", "[1]", json.dumps("a" * 40_000), '"also good"']
+    table.write_text("".join(f'{{"text": {value}}}\n' for value in values), "utf-8")
+    assert embed_file(classifier, table, tmp_path / "out.parquet", "text")["errors"] == 4
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert [each is None for each in found.column("error").to_pylist()] == [True, False, False, False, False, True]
+    assert found.column("embedding").is_valid().to_pylist() == [True, False, False, False, False, True]
+
+
 def test_embed_shows_how_similar_texts_are(server: Server) -> None:
     done = aisle("embed", "红富士苹果", "红富士苹果", "usb cable", "--url", server.url)
     assert done.returncode == 0, done.stderr

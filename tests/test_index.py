@@ -103,7 +103,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no index"):
         Index(tmp_path)
     write_vectors(tmp_path / "vectors.parquet", random_vectors(10))
-    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
-    (tmp_path / "index" / "index.faiss").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="holds no index"):
-        Index(tmp_path / "index")
+    for name, content in (("index.json", b"[]"), ("index.json", b'{"kind": "exact"}'), ("index.faiss", b"damaged")):
+        build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+        (tmp_path / "index" / name).write_bytes(content)
+        with pytest.raises(InputError, match="holds no index"):
+            Index(tmp_path / "index")
