@@ -78,11 +78,14 @@ class Index:
             kind, count, _ = (self.about[name] for name in ("kind", "rows", "model"))
             flags = faiss.IO_FLAG_MMAP if kind == "exact" else 0
             self._index: Any = faiss.read_index(str(folder / INDEX), flags)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise InputError(f"{folder} holds no index ({reason}); make one with aisle index") from None
-        rows = open_parquet(folder / ROWS, folder / ROWS).read()
-        self._rows, self._texts = rows.column("row"), rows.column("text")
+            rows = open_parquet(folder / ROWS, folder / ROWS).read()
+            self._rows, self._texts = rows.column("row"), rows.column("text")
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder} holds no index: {error.filename} is missing; make one with aisle index"
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError):  # of JSON, faiss and Parquet
+            raise InputError(f"{folder} holds no index that can be read: make it again with aisle index") from None
         if not len(rows) == self._index.ntotal == count:
             raise InputError(f"{folder} is damaged: its files do not belong together; make it again with aisle index")
 
@@ -126,7 +129,7 @@ def _read(source: Path) -> tuple[str, Vectors, Any]:
     """Return the model's fingerprint, the vectors [rows, size], and a table of their row numbers and texts.
 
     Raises:
-        InputError: the file is not one of embeddings, or it has none.
+        InputError: the file is not one of embeddings, it has none, or they are damaged.
     """
     file = open_parquet(source, source)
     model = (file.schema_arrow.metadata or {}).get(MODEL)
@@ -136,7 +139,10 @@ def _read(source: Path) -> tuple[str, Vectors, Any]:
     table = table.filter(table.column("embedding").is_valid())
     if not len(table):
         raise InputError(f"{source}: no row has an embedding")
-    flat = table.column("embedding").combine_chunks().flatten().to_numpy()
+    embeddings = table.column("embedding").combine_chunks()
+    flat = embeddings.flatten().to_numpy(zero_copy_only=False)  # a null becomes NaN
+    if len(embeddings.value_lengths().unique()) > 1 or not np.isfinite(flat).all():
+        raise InputError(f"{source}: its embeddings are damaged; embed the file again")
     return model.decode(), flat.reshape(len(table), -1), table.select(["row", "text"])
 
 

@@ -93,6 +93,22 @@ def test_an_index_replaces_only_an_index(tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {"vectors.parquet", "mine", "index"}
 
 
+def test_damaged_embeddings_are_refused(tmp_path: Path) -> None:
+    """A NaN would make its row impossible to find, in silence."""
+    whole = [row.tolist() for row in random_vectors(3)]
+    for damaged in ([float("nan"), *whole[0][1:]], [None, *whole[0][1:]], whole[0][1:]):
+        embeddings = pyarrow.array([damaged, *whole[1:]], pyarrow.list_(pyarrow.float32()))
+        table = pyarrow.table({"row": range(3), "text": ["a", "b", "c"], "embedding": embeddings})
+        pyarrow.parquet.write_table(table.replace_schema_metadata({MODEL: "a1"}), tmp_path / "vectors.parquet")
+        with pytest.raises(InputError, match="its embeddings are damaged"):
+            build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    write_vectors(tmp_path / "vectors.parquet", random_vectors(3))
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1, 2, 3]}), tmp_path / "index" / "rows.parquet")
+    with pytest.raises(InputError, match="no index that can be read"):
+        Index(tmp_path / "index")
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "table.parquet")
     with pytest.raises(InputError, match="has no embeddings; make them with: aisle embed"):

@@ -309,7 +309,8 @@ def embed(
         if out is not None:
             source = Path(what[0])
             result = embed_file(classifier, source, out, text_column, lambda rows, n: track(rows, "embedding", n))
-            done = f"{result['rows']} embeddings of {result['size']} numbers, {result['errors']} errors, in {out}"
+            embedded = result["rows"] - result["errors"]
+            done = f"{embedded} of {result['rows']} rows have an embedding of {result['size']} numbers, in {out}"
             following = ("aisle", "index", out, "-o", "index") if out.suffix == ".parquet" else ()
             report(result, as_json, lambda _: None, (done, *following))
             return
