@@ -51,12 +51,20 @@ class Shape:
     thetas: tuple[float, ...] = ()  # of each layer, the base of its rotary positions; empty: no rotary positions
     relative: str = ""  # "bias" (MPNet) or "disentangled" (DeBERTa) relative positions
     buckets: int = 0  # of the disentangled distances
-    embeds: bool = False  # the module returns, after the logits, the embedding of each text: what its classifier reads
+    embedding_pooling: str = (
+        ""  # the embedding is the "first" token's hidden state or the "mean" of all; "": as `pooling`
+    )
+    embeds: bool = False  # the module returns, after the logits, the embedding of each text
 
     @property
     def width(self) -> int:
         """The size of an attention head."""
         return self.hidden // self.heads
+
+    @property
+    def averages(self) -> bool:
+        """Whether the hidden states of all tokens are averaged."""
+        return "mean" in (self.pooling, self.embedding_pooling)
 
     @property
     def outputs(self) -> int:
@@ -130,9 +138,14 @@ class Encoder(nn.Module):
         logits: Tensor = self.classifier(features)
         return logits
 
-    def outputs(self, pooled: Tensor) -> Tensor:
-        """Return logits and, after them, the pooled hidden states: [texts, labels + hidden] in fp32."""
-        return torch.cat([self.classify(pooled), pooled.float()], dim=1)
+    def choose(self, first: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the classifier reads and the embeddings, of the first hidden states and the means."""
+        of = {"first": first, "mean": average}
+        return of[self.shape.pooling], of[self.shape.embedding_pooling or self.shape.pooling]
+
+    def outputs(self, read: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the logits of what the classifier reads, and the embeddings: [texts, labels + hidden] in fp32."""
+        return torch.cat([self.classify(read), embeddings.float()], dim=1)
 
     def last(self, hidden: Tensor) -> Tensor:
         """Apply the LayerNorm after the last layer, in families that have one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aisle.build.encoder import ACTIVATIONS, Shape
 from aisle.errors import InputError
-from aisle.train.core.families import SUPPORTED, first_position, token_limit
+from aisle.train.core.families import SUPPORTED, classifier_pooling, embedding_pooling, first_position, token_limit
 
 Weights = dict[str, Tensor]  # by the names of the parameters in `encoder.Encoder`
 
@@ -45,6 +45,7 @@ class Bert:
             eps=embeddings.LayerNorm.eps,
             word_size=0 if size == config.hidden_size else size,
             head=self.head,
+            embedding_pooling=embedding_pooling(config),
         )
         return replace(shape, **self.differences(config))
 
@@ -252,7 +253,8 @@ class ModernBert(Bert):
             learned_positions=False,
             head=config.classifier_activation,
             norm_first=True,
-            pooling="mean" if config.classifier_pooling == "mean" else "first",
+            pooling=classifier_pooling(config),
+            embedding_pooling=embedding_pooling(config),
             windows=tuple(config.local_attention // 2 * (kind == "sliding_attention") for kind in config.layer_types),
             thetas=tuple(each["rope_theta"] for each in rotary),
         )

@@ -51,19 +51,22 @@ class PackedEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
-        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index)[0])
 
-    def pooled(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
-        """Return the hidden states [texts, hidden] that the classifier reads."""
+    def pooled(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states that the classifier reads, and the embeddings, each [texts, hidden]."""
         hidden = self.embed(input_ids, position_ids)  # [rows, width, hidden]
         batch = self.batch(position_ids, segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
-        if self.shape.pooling == "mean":
-            hidden = self.last(self.layers[-1](hidden, batch))
-            return mean(hidden.flatten(0, 1), segment_ids.flatten(), cls_index)
-        # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-        return self.last(self.layers[-1](hidden, batch, cls_index))
+        if self.shape.averages:
+            hidden = self.last(self.layers[-1](hidden, batch)).flatten(0, 1)
+            return self.choose(hidden[cls_index], mean(hidden, segment_ids.flatten(), cls_index))
+        # Only [CLS] is read, so the last layer, except its attention, runs on one token per text.
+        first = self.last(self.layers[-1](hidden, batch, cls_index))
+        return first, first
 
     def batch(self, position_ids: Tensor, segment_ids: Tensor) -> Batch:
         """Compute once what all layers read."""
@@ -97,7 +100,7 @@ class WithEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return [texts, labels + hidden] in fp32."""
-        return self.encoder.outputs(self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.encoder.outputs(*self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
 
 
 class PackedAttention(nn.Module):

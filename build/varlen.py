@@ -75,12 +75,13 @@ class VarlenEncoder(Encoder):
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
         first = offsets[:-1].clamp(max=input_ids.shape[0] - 1)
-        if self.shape.pooling == "mean":
-            pooled = mean(self.last(self.layers[-1](hidden, batch)), text_of(offsets, len(hidden)), first)
+        if self.shape.averages:
+            hidden = self.last(self.layers[-1](hidden, batch))
+            read, embeddings = self.choose(hidden[first], mean(hidden, text_of(offsets, len(hidden)), first))
         else:
-            # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-            pooled = self.last(self.layers[-1](hidden, batch, first))
-        return self.outputs(pooled) if self.shape.embeds else self.classify(pooled)
+            # Only [CLS] is read, so the last layer, except its attention, runs on one token per text.
+            read = embeddings = self.last(self.layers[-1](hidden, batch, first))
+        return self.outputs(read, embeddings) if self.shape.embeds else self.classify(read)
 
 
 class VarlenAttention(nn.Module):

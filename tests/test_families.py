@@ -1,19 +1,22 @@
 """Every encoder family is computed without padding as transformers computes it with padding."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForTokenClassification
 
 from aisle.build.families import FAMILIES, family_of
-from aisle.build.graph import PackedEncoder
+from aisle.build.graph import PackedEncoder, WithEmbeddings
 from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.errors import InputError
 from aisle.preprocess.pack import pack
 from aisle.train.core.families import SUPPORTED
+from aisle.train.core.predict import embeddings_of
 from tests.families import FLAT, MODELS, random_model
 
 Ints = npt.NDArray[np.int64]
@@ -55,11 +58,43 @@ def test_flat_tokens_are_exact(name: str) -> None:
     model = random_model(name)
     tokens, lengths = texts_of(128)
     module = copy_weights(VarlenEncoder(shape_of(model), 128, torch.float32), model)
+    assert (flat(module, tokens, lengths) - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
+
+
+def flat(module: VarlenEncoder, tokens: Ints, lengths: Ints) -> torch.Tensor:
+    """Return what a module gives for texts end to end."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
     with torch.inference_mode():
-        actual = module(*map(torch.from_numpy, (tokens.astype(np.int32), positions, offsets)))
-    assert (actual - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
+        outputs: torch.Tensor = module(*map(torch.from_numpy, (tokens.astype(np.int32), positions, offsets)))
+    return outputs
+
+
+@pytest.mark.parametrize("pooling", ["", "mean"])
+@pytest.mark.parametrize("name", MODELS)
+def test_embeddings_are_exact(name: str, pooling: str) -> None:
+    model = random_model(name)
+    if pooling:
+        model.config.embedding_pooling = pooling
+    tokens, lengths = texts_of(20)
+    texts = np.split(tokens, np.cumsum(lengths)[:-1])
+    packed = map(torch.from_numpy, pack(tokens, lengths, 20))
+    with torch.inference_mode():
+        actual = WithEmbeddings(PackedEncoder(model).eval())(*packed)
+    expected = np.concatenate([embeddings_of(model, [text.tolist()], "embedding") for text in texts])
+    logits, vectors = actual[:, : model.config.num_labels], F.normalize(actual[:, model.config.num_labels :], dim=1)
+    assert (vectors - torch.from_numpy(expected)).abs().max() < 1e-4
+    assert (logits - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
+    if name in FLAT:
+        module = copy_weights(VarlenEncoder(replace(shape_of(model), embeds=True), 128, torch.float32), model)
+        assert (flat(module, tokens, lengths) - actual).abs().max() < 1e-4
+
+
+def test_an_unknown_kind_of_embedding_is_refused() -> None:
+    model = random_model("bert")
+    model.config.embedding_pooling = "max"
+    with pytest.raises(InputError, match="embedding_pooling is 'max'; it must be 'first' or 'mean'"):
+        PackedEncoder(model)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FLAT])

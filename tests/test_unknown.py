@@ -13,9 +13,10 @@ from aisle.preprocess.encode import TextTokenizer
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.predict import logits_of
 from aisle.train.core.split import split
+from aisle.train.fit.classification import Classification
 from aisle.train.fit.model import train_tokenizer
 from aisle.train.fit.prune import needed, shrink
-from aisle.train.fit.train import Classification, TrainingSettings
+from aisle.train.fit.train import TrainingSettings
 from aisle.train.fit.unknown import INSERTED, SHARE, Unknowns, isolates
 from aisle.train.synthetic.catalogue import generate
 

@@ -176,6 +176,12 @@ def _show_training(result: dict[str, Any]) -> None:
         mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
         spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
         show(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
+    if "search" in result:
+        found = result["search"]
+        show(
+            f"search: {found['recall_at_10']:.1%} of {found['queries']} texts of groups that were not learnt find "
+            f"their group among the 10 nearest of {found['texts']} texts (TF-IDF: {found['tfidf_recall_at_10']:.1%})"
+        )
 
 
 def _show_decisions(result: dict[str, Any]) -> None:

@@ -148,8 +148,11 @@ def _check_delimiter(path: Path, delimiter: str, header: list[str]) -> None:
     )
 
 
-def checked(rows: Iterable[Row], names: list[str], path: Path) -> Iterator[Row]:
-    """Yield the rows of a table, and check that it has the columns `names`.
+NAMING = "--text-column or --label-column"  # the options that name columns
+
+
+def checked(rows: Iterable[Row], names: list[str], path: Path, options: str = NAMING) -> Iterator[Row]:
+    """Yield the rows of a table, and check that it has the columns `names`, which `options` gave.
 
     Raises:
         InputError: a column is missing; the message lists the columns of the table. In JSON, where each row has its
@@ -166,24 +169,22 @@ def checked(rows: Iterable[Row], names: list[str], path: Path) -> Iterator[Row]:
                 break
         yield row
     if lacking and seen:
-        raise missing_column(path, lacking[0], list(seen))
+        raise missing_column(path, lacking[0], list(seen), options)
 
 
-def missing_column(path: Path, name: str, columns: list[str]) -> InputError:
+def missing_column(path: Path, name: str, columns: list[str], options: str = NAMING) -> InputError:
     """Return the error for a missing column."""
     has = ", ".join(columns)
-    return InputError(
-        f"{path}: no column {name!r}; it has: {has}; give the right one with --text-column or --label-column"
-    )
+    return InputError(f"{path}: no column {name!r}; it has: {has}; give the right one with {options}")
 
 
-def column(rows: Iterable[Row], names: list[str], path: Path) -> Iterator[tuple[Any, ...]]:
+def column(rows: Iterable[Row], names: list[str], path: Path, options: str = NAMING) -> Iterator[tuple[Any, ...]]:
     """Yield the named columns of each row: a string, None, or a value that is not a text, which `prepare` refuses.
 
     Raises:
         InputError: a column is missing, or a row cannot be used at all.
     """
-    for number, row in enumerate(checked(rows, names, path), start=1):
+    for number, row in enumerate(checked(rows, names, path, options), start=1):
         if isinstance(row, FaultyRow):
             raise InputError(f"{path}, row {number}: {row.fault}")
         yield tuple(as_text(row.get(name)) for name in names)

@@ -24,7 +24,7 @@ from aisle.train.core.predict import logits_of
 from aisle.train.core.resume import check_replaceable
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import is_held_out, is_learnt, is_validation, split
-from aisle.train.fit.train import train_table
+from aisle.train.fit.train import groups_in, train_table
 
 CHANGES = 50  # texts whose answer changed, in the result
 LEARNT = 0.8  # share of a category's corrections that the new checkpoint should get right
@@ -120,7 +120,8 @@ def retrain(
         **labelling.metadata(),
     }
     settings = replace(settings, model=str(checkpoint), folds=0, epochs=epochs or settings.epochs)
-    metrics = train_table(table, cleaning, made_from, out, settings, targets=Checkpoint(checkpoint).targets)
+    groups = groups_in(data, text_column, label_column, settings)
+    metrics = train_table(table, cleaning, made_from, out, settings, groups, targets=Checkpoint(checkpoint).targets)
     return {
         "checkpoint": str(out),
         "made_of": str(checkpoint),

@@ -62,6 +62,23 @@ def dropout_settings(model_type: str, rate: float) -> dict[str, float]:
             return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
 
 
+def classifier_pooling(config: Any) -> str:
+    """Return what the classifier reads of the last hidden states: those of the "first" token, or the "mean" of all."""
+    return "mean" if getattr(config, "classifier_pooling", "") == "mean" else "first"
+
+
+def embedding_pooling(config: Any) -> str:
+    """Return what the embedding of a text is: what the classifier reads, or what `embedding_pooling` says.
+
+    Raises:
+        InputError: config.json says something else than "first" or "mean".
+    """
+    pooling = str(getattr(config, "embedding_pooling", classifier_pooling(config)))
+    if pooling not in ("first", "mean"):
+        raise InputError(f"config.json: embedding_pooling is {pooling!r}; it must be 'first' or 'mean'")
+    return pooling
+
+
 def output_layer(model: Any) -> Any:
     """Return the linear layer that computes the logits."""
     return getattr(model.classifier, "out_proj", model.classifier)

@@ -1,32 +1,33 @@
-"""Run a model in PyTorch: token ids in, logits out."""
+"""Run a model in PyTorch: token ids in, logits or embeddings out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.train.core.families import embedding_pooling
+
+Tokens = Sequence[Sequence[int]]
 
 
-def logits_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> npt.NDArray[np.float32]:
+def logits_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
     """Return logits [texts, labels] in fp32; batches hold texts of similar length.
 
     Raises:
         InputError: a logit is not finite.
     """
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    batches = [order[i : i + 64] for i in range(0, len(order), 64)]
     logits = np.empty((len(tokens), model.config.num_labels), np.float32)
-    with torch.inference_mode():
-        for batch in track(batches, description):
-            input_ids, attention_mask = pad([tokens[i] for i in batch])
-            output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-            logits[batch] = output.logits.float().cpu().numpy()
+    for batch, output, _ in _run(model, tokens, description):
+        logits[batch] = output.logits.float().cpu().numpy()
     if not np.isfinite(logits).all():
         raise InputError(
             "the model's logits are not finite: training diverged; train it again with a lower learning rate"
@@ -34,7 +35,51 @@ def logits_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> 
     return logits
 
 
-def pad(tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def embeddings_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
+    """Return embeddings [texts, hidden] of length 1 in fp32, as the engine returns them."""
+    found = np.empty((len(tokens), model.config.hidden_size), np.float32)
+    with last_hidden_states(model) as hidden:
+        for batch, _, attention_mask in _run(model, tokens, description):
+            vectors = pooled(model.config, hidden.pop(), attention_mask.sum(dim=1))
+            found[batch] = F.normalize(vectors.float(), dim=1).cpu().numpy()
+    return found
+
+
+def _run(model: Any, tokens: Tokens, description: str) -> Iterator[tuple[list[int], Any, Tensor]]:
+    """Yield the rows, the output and the attention mask of each batch."""
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    batches = [order[i : i + 64] for i in range(0, len(order), 64)]
+    with torch.inference_mode():
+        for batch in track(batches, description):
+            input_ids, attention_mask = (each.to(model.device) for each in pad([tokens[i] for i in batch]))
+            yield batch, model(input_ids=input_ids, attention_mask=attention_mask), attention_mask
+
+
+@contextmanager
+def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states, [texts, tokens, hidden], of each call of a classifier."""
+    found: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _model, _inputs, output: found.append(output[0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def pooled(config: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Return embeddings [texts, hidden], not normalized: the first token's hidden state, or the mean of all.
+
+    Args:
+        hidden: last hidden states, [texts, tokens, hidden].
+        lengths: tokens of each text, [texts].
+    """
+    if embedding_pooling(config) == "first":
+        return hidden[:, 0]
+    own = (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None])[:, :, None]
+    return (hidden * own).sum(dim=1) / lengths[:, None]
+
+
+def pad(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Return `input_ids` and `attention_mask`, both [texts, longest]."""
     input_ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

@@ -81,6 +81,9 @@ class TrainingSettings:
     level_weight: float = option(
         0.0, "Weight of the loss at each upper level of categories like 'A > B > C'.", low=0, high=100
     )
+    contrastive: str | None = option(
+        None, "A column, such as a product number: texts with the same value get similar embeddings.", shown="off"
+    )
     accumulate: int = option(1, "Compute a step in this number of parts, to save memory.", low=1, high=65536)
     patience: int = option(2, "Stop after this number of epochs without a better score.", low=1)
     folds: int = option(0, "Cross-validate first, with this number of folds; 0: off.", low=0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from aisle.errors import InputError
@@ -18,6 +19,7 @@ class Split(NamedTuple):
     validation: LabelledTexts
     held_out: LabelledTexts
     labels: list[str]
+    groups: Mapping[bytes, str] = MappingProxyType({})  # content key -> group, if groups are learnt too
 
 
 def is_held_out(text: str) -> bool:

@@ -34,11 +34,12 @@ from aisle.train.core.resume import STATE, check_replaceable, identity, working_
 from aisle.train.core.sample import warn_of_few
 from aisle.train.core.settings import SCRATCH, StudentSpec, TrainingSettings
 from aisle.train.core.split import Split, is_learnt, split
+from aisle.train.fit.classification import Classification
 from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.model import check_settings, from_pretrained
 from aisle.train.fit.pretrain import unlabelled
 from aisle.train.fit.prune import prune_vocabulary
-from aisle.train.fit.train import Classification, Learnt, Origin, calibrate, measure, write_result
+from aisle.train.fit.train import Learnt, Origin, calibrate, measure, write_result
 
 
 def distil(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,13 +271,20 @@ class _Log:
             self.writer.close()
 
 
-def like_lengths(tokens: Tokens, size: int, shuffler: random.Random) -> Iterator[list[int]]:
-    """Yield shuffled batches of texts of similar length, which need little padding."""
-    order = list(range(len(tokens)))
+def like_lengths(
+    tokens: Tokens, size: int, shuffler: random.Random, units: Iterable[Sequence[int]] | None = None
+) -> Iterator[list[int]]:
+    """Yield shuffled batches of texts of similar length, which need little padding.
+
+    Args:
+        units: texts to keep side by side, each text in one unit; by default each text is a unit.
+    """
+    order = [*units] if units else [(row,) for row in range(len(tokens))]
     shuffler.shuffle(order)
+    longest = [(row, max(len(tokens[each]) for each in unit)) for unit in order for row in unit]
     batches = []
-    for start in range(0, len(order), 50 * size):
-        pool = sorted(order[start : start + 50 * size], key=lambda i: len(tokens[i]))
+    for start in range(0, len(longest), 50 * size):
+        pool = [row for row, _ in sorted(longest[start : start + 50 * size], key=lambda each: each[1])]
         batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     shuffler.shuffle(batches)
     yield from batches

@@ -223,6 +223,8 @@ def check_settings(settings: TrainingSettings) -> None:
         Augmenter(settings.augment, settings.seed, settings.augment_rate)
     if settings.folds == 1:
         raise InputError("--folds 1: cross-validation takes two folds or more; 0 turns it off")
+    if settings.contrastive and settings.mixup:
+        raise InputError("--mixup mixes texts, and --contrastive compares them; leave one out")
     if settings.from_scratch:
         heads(settings.hidden_size)
     else:

@@ -1,0 +1,103 @@
+"""The task of classifying texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from aisle.preprocess.encode import TextTokenizer
+from aisle.train.core.predict import logits_of, pad
+from aisle.train.core.settings import TrainingSettings
+from aisle.train.core.split import Split
+from aisle.train.fit.loop import Scalars, like_lengths
+from aisle.train.fit.loss import Loss
+from aisle.train.fit.unknown import Unknowns, isolates
+
+
+class Classification:
+    """Cross-entropy over the categories, with augmentation, mixup and unknown characters."""
+
+    def __init__(
+        self, parts: Split, tokenizer: TextTokenizer, settings: TrainingSettings, device: torch.device
+    ) -> None:
+        if settings.augment or settings.class_floor:
+            from aisle.preprocess.augment import Augmenter, floor_rows
+        number = {label: i for i, label in enumerate(parts.labels)}
+        rows = range(len(parts.train.texts))
+        chosen: Sequence[int] = floor_rows(parts.train.labels, settings.class_floor) if settings.class_floor else rows
+        self.texts = [parts.train.texts[i] for i in chosen]
+        self.targets = torch.tensor([number[parts.train.labels[i]] for i in chosen], device=device)
+        self.validation = tokenizer.tokens(parts.validation.texts) if parts.validation.texts else []
+        self.validation_targets = np.array([number[label] for label in parts.validation.labels], np.int64)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.device = device
+        self.augmenter = Augmenter(settings.augment, settings.seed, settings.augment_rate) if settings.augment else None
+        self.augmented: Sequence[str] = self.texts  # this epoch's texts, before unknown characters are put in
+        self.plain_tokens = tokenizer.tokens(self.texts)  # the token ids of `augmented`
+        backend = tokenizer.tokenizer
+        self.unknowns = Unknowns(backend, self.texts, settings.seed) if isolates(backend) else None
+        self.tokens = self.plain_tokens  # this epoch's token ids
+        self.loss_of = Loss(parts.labels, self.targets, settings, device)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        if self.augmenter:
+            self.augmented = self.augmenter.texts(self.texts, number)
+            self.plain_tokens = self.tokenizer.varied_tokens(self.augmented)
+        self.tokens = list(self.plain_tokens)
+        if self.unknowns:
+            changed = self.unknowns.put(self.augmented, self.plain_tokens, number)
+            for row, ids in zip(changed, self.tokenizer.tokens(list(changed.values())), strict=True):
+                self.tokens[row] = ids
+        shuffler = random.Random(f"{self.settings.seed} {number}")
+        return list(like_lengths(self.tokens, self.settings.batch_size, shuffler, self.units(shuffler)))
+
+    def units(self, shuffler: random.Random) -> list[tuple[int, ...]] | None:
+        """Return the rows that a batch keeps side by side; None if there are none."""
+        return None
+
+    def loss(self, model: Any, rows: Sequence[int]) -> torch.Tensor:
+        if not self.settings.mixup:
+            return self._consistent_loss(model, rows)
+        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad([self.tokens[i] for i in rows]))
+        targets = self.targets[rows]
+        # Mixup: mix the embeddings and the losses of two texts (Guo et al. 2019, arXiv:1905.08941).
+        embeddings = getattr(model, "module", model).get_input_embeddings()
+        vectors = embeddings(input_ids) * attention_mask[:, :, None]
+        other = torch.randperm(len(rows)).to(self.device)
+        share = float(torch.distributions.Beta(self.settings.mixup, self.settings.mixup).sample())
+        mixed = share * vectors + (1 - share) * vectors[other]
+        logits = model(inputs_embeds=mixed, attention_mask=attention_mask | attention_mask[other]).logits
+        return (share * self.loss_of(logits, targets) + (1 - share) * self.loss_of(logits, targets[other])).sum()
+
+    def _consistent_loss(self, model: Any, rows: Sequence[int]) -> torch.Tensor:
+        """Return the sum of the texts' losses and of the effect of unknown characters.
+
+        The effect is the KL divergence between the predictions for a text without and with unknown characters. They
+        must not change a prediction, even if a title says too little to decide on one category. The categories are
+        learnt from the texts without them, so that unknown characters cost no accuracy.
+        """
+        changed = [place for place, row in enumerate(rows) if self.tokens[row] is not self.plain_tokens[row]]
+        tokens = [self.plain_tokens[row] for row in rows] + [self.tokens[rows[place]] for place in changed]
+        input_ids, attention_mask = (tensor.to(self.device) for tensor in pad(tokens))
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        loss = self.loss_of(logits[: len(rows)], self.targets[rows]).sum()
+        if changed:
+            plain = logits[changed].detach().log_softmax(dim=1)
+            loss = loss + F.kl_div(logits[len(rows) :].log_softmax(dim=1), plain, reduction="sum", log_target=True)
+        return loss
+
+    def validate(self, model: Any) -> Scalars | None:
+        if not self.validation:
+            return None
+        logits = torch.from_numpy(logits_of(model, self.validation, "validating"))
+        targets = torch.from_numpy(self.validation_targets)
+        return {
+            "score": float((logits.argmax(dim=1) == targets).float().mean()),
+            "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
+        }
