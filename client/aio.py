@@ -78,9 +78,10 @@ class AsyncClassifier(Connection):
         wanted = wire.Wanted(top_k, decisions)
         return await self._ask(texts, lambda batch: self._classify_batch(batch, wanted))
 
-    async def embed(self, texts: Iterable[Text]) -> npt.NDArray[np.float32]:
+    async def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
         """Return the embeddings [texts, size] of `texts`, in the same order; see `Classifier.embed`."""
-        return wire.matrix(await self._ask(texts, self._embed_batch))
+        wanted = wire.wanted_embedding(size)
+        return wire.matrix(await self._ask(texts, lambda batch: self._embed_batch(batch, wanted)))
 
     async def _ask(self, texts: Iterable[Text], request: Request[T]) -> list[T]:
         """Return the answers to all texts; `request` sends a batch of them."""
@@ -181,8 +182,8 @@ class AsyncClassifier(Connection):
             self._log.record(raw, answers)
         return answers
 
-    async def _embed_batch(self, texts: list[Any]) -> list[Embedding]:
-        return wire.embeddings(await self._infer(wire.to_utf8_list(texts), wire.Wanted(embedding=True), bulk=False))
+    async def _embed_batch(self, texts: list[Any], wanted: wire.Wanted) -> list[Embedding]:
+        return wire.embeddings(await self._infer(wire.to_utf8_list(texts), wanted, bulk=False), wanted.size)
 
     async def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> bytes:
         request, transport = wire.request_of(raw, wanted, self._version), self._transport

@@ -23,7 +23,6 @@ from aisle.client.protocol import IN_FLIGHT, Embedding, Failure, InvalidText, Pr
 from aisle.client.tracing import request_span
 
 Request = Any  # sends a batch: (texts, wanted, bulk=False) -> list of answers
-EMBEDDING = wire.Wanted(embedding=True)
 
 
 class _Transport:
@@ -96,28 +95,36 @@ class Classifier(Connection):
         wire.check_list(texts)
         return self._ask(texts, wire.Wanted(top_k, decisions), self._classify_batch)
 
-    def embed(self, texts: Iterable[Text]) -> npt.NDArray[np.float32]:
+    def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
         """Return the embeddings [texts, size] of `texts`, each of length 1, in the same order.
 
         The inner product of two embeddings is their cosine similarity. Compare only embeddings of the same model.
 
+        Args:
+            size: keep only so many numbers of each embedding, which saves memory and time. A model that was trained
+                with `--contrastive` is made for this.
+
         Raises:
-            ClassifierError: another version went live meanwhile; or as `classify`.
+            ClassifierError: another version went live meanwhile, or the model gives fewer numbers; or as `classify`.
             TypeError, InvalidText, Unavailable, Overloaded, UnknownVersion: as `classify`. InvalidText also if the
                 version has no embeddings.
         """
-        return self.embed_with_version(texts)[0]
+        return self.embed_with_version(texts, size=size)[0]
 
-    def embed_with_version(self, texts: Iterable[Text]) -> tuple[npt.NDArray[np.float32], int]:
+    def embed_with_version(
+        self, texts: Iterable[Text], *, size: int | None = None
+    ) -> tuple[npt.NDArray[np.float32], int]:
         """Return the embeddings of `texts`, as `embed` does, and the version that made them; 0 without texts."""
         wire.check_list(texts)
-        found: list[Embedding] = self._ask(texts, EMBEDDING, self._embed_batch)
+        found: list[Embedding] = self._ask(texts, wire.wanted_embedding(size), self._embed_batch)
         return wire.matrix(found), found[0].version if found else 0
 
-    def stream_embeddings(self, texts: Iterable[Text | None]) -> Iterator[Embedding | Failure]:
+    def stream_embeddings(
+        self, texts: Iterable[Text | None], *, size: int | None = None
+    ) -> Iterator[Embedding | Failure]:
         """Yield the embedding of each text, in the same order and in constant memory; otherwise as `stream`."""
         wire.check_list(texts)
-        return self._stream(texts, EMBEDDING, self._embed_batch)
+        return self._stream(texts, wire.wanted_embedding(size), self._embed_batch)
 
     def _ask(self, texts: Iterable[Text], wanted: wire.Wanted, request: Request) -> list[Any]:
         """Return the answers to all texts; `request` sends a batch of them."""
@@ -227,7 +234,7 @@ class Classifier(Connection):
         return answers
 
     def _embed_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Embedding]:
-        return wire.embeddings(self._infer(wire.to_utf8_list(texts), wanted, bulk))
+        return wire.embeddings(self._infer(wire.to_utf8_list(texts), wanted, bulk), wanted.size)
 
     def _infer(self, raw: list[bytes], wanted: wire.Wanted, bulk: bool) -> bytes:
         request, transport = wire.request_of(raw, wanted, self._version), self._transport

@@ -37,12 +37,21 @@ Write = Callable[[Sequence[EmbeddedRow]], None]
 
 
 def embed_file(
-    classifier: Classifier, source: Path, out: Path, text_column: str, track: Track = lambda rows, _: rows
+    classifier: Classifier,
+    source: Path,
+    out: Path,
+    text_column: str,
+    track: Track = lambda rows, _: rows,
+    *,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Write the embedding of each row of `source` to `out`.
 
     A `.parquet` file has the columns `row` (from 0), `text`, `embedding` and `error`, and knows its model. A `.npy`
     file has an array [rows, size] in fp32, with NaN in rows without a usable text.
+
+    Args:
+        size: as in `Classifier.embed`.
 
     Raises:
         InputError: the file cannot be read, the output cannot be written, or the model has no embeddings.
@@ -53,12 +62,12 @@ def embed_file(
     refuse_same(source, out)
     start = time.perf_counter()
     _, total = scan_source(source, text_column, None)
-    (probe,) = classifier.stream_embeddings(["probe"])
+    (probe,) = classifier.stream_embeddings(["probe"], size=size)
     if isinstance(probe, Failure):
         raise InputError(probe.message)
     model = classifier.fingerprints(bulk=True).get(probe.version, "")
     size, errors = len(probe.values), 0
-    rows = iter(track(_rows(classifier, source, text_column, probe.version), total))
+    rows = iter(track(_rows(classifier, source, text_column, probe.version, size), total))
     with replacing(out) as writing, WRITERS[out.suffix](writing, total, size, model) as write:
         while group := list(itertools.islice(rows, GROUP)):
             write(group)
@@ -76,7 +85,7 @@ def embed_file(
     }
 
 
-def _rows(classifier: Classifier, source: Path, text_column: str, version: int) -> Iterator[EmbeddedRow]:
+def _rows(classifier: Classifier, source: Path, text_column: str, version: int, size: int) -> Iterator[EmbeddedRow]:
     """Yield each row's text with its embedding, or with the reason why it has none."""
     sent: deque[tuple[str | None, Failure | None]] = deque()
 
@@ -85,7 +94,7 @@ def _rows(classifier: Classifier, source: Path, text_column: str, version: int) 
             sent.append(usable(row, text_column))
             yield sent[-1][0]
 
-    for answer in classifier.stream_embeddings(texts()):
+    for answer in classifier.stream_embeddings(texts(), size=size):
         text, fault = sent.popleft()
         if isinstance(answer, Embedding):
             check_one_version({version, answer.version})

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aisle.client.embedding import MODEL
+from aisle.client.wire import shortened
 from aisle.errors import InputError
 from aisle.extras import install
 from aisle.files import put_in_place, write_json
@@ -106,13 +107,15 @@ class Index:
         """Return the `k` rows that are most similar to each vector, the most similar first.
 
         Args:
-            vectors: [n, size], of length 1, as `Classifier.embed` returns them.
+            vectors: [n, size], of length 1, as `Classifier.embed` returns them. Longer ones than those of the index
+                are shortened.
 
         Raises:
-            InputError: the vectors have another size.
+            InputError: the vectors are shorter.
         """
-        if vectors.shape[1] != self._index.d:
+        if vectors.shape[1] < self._index.d:
             raise InputError(f"the index has vectors of {self._index.d} numbers, not {vectors.shape[1]}")
+        vectors = shortened(vectors, self._index.d)
         k = min(k, self._index.ntotal)
         if self.about["kind"] == "HNSW":
             self._index.hnsw.efSearch = max(SEARCH_EFFORT, 2 * k)

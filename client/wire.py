@@ -51,6 +51,7 @@ class Wanted(NamedTuple):
     top_k: int = 1
     decisions: bool = False
     embedding: bool = False  # instead of categories
+    size: int | None = None  # numbers of an embedding; None: all that the model gives
 
     @property
     def model(self) -> str:
@@ -58,6 +59,17 @@ class Wanted(NamedTuple):
         if self.embedding:
             return EMBEDDINGS_MODEL
         return DECISIONS_MODEL if self.decisions else MODEL
+
+
+def wanted_embedding(size: int | None) -> Wanted:
+    """Return the wish for embeddings, shortened to `size` numbers if it is given.
+
+    Raises:
+        ValueError: `size` is not a positive whole number.
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"size must be a positive whole number, not {size!r}")
+    return Wanted(embedding=True, size=size)
 
 
 def check_list(texts: object) -> None:
@@ -199,20 +211,37 @@ def check_outputs(message: bytes) -> bytes:
     return message
 
 
-def embeddings(message: bytes) -> list[Embedding]:
+def embeddings(message: bytes, size: int | None) -> list[Embedding]:
     """Read `embedding` [n, size], and the version that answered.
 
+    Args:
+        size: how many numbers to keep of each vector, which then gets length 1 again; None keeps all.
+
     Raises:
-        ClassifierError: the answer has another form.
+        ClassifierError: the answer has another form, or has fewer numbers.
     """
     answer = service_pb2.ModelInferResponse.FromString(message)
     shapes = {output.name: output.shape for output in answer.outputs}
     try:
         rows = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(tuple(shapes["embedding"]))
-        return [Embedding(row, int(answer.model_version or 0)) for row in rows]
     except (KeyError, ValueError, IndexError):
         message_of = f"the server's model {EMBEDDINGS_MODEL} is not from Aisle: it gave no embedding [n, size]"
         raise ClassifierError("", message_of) from None
+    return [Embedding(row, int(answer.model_version or 0)) for row in (rows if size is None else shortened(rows, size))]
+
+
+def shortened(rows: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Return the first `size` numbers of embeddings [n, numbers], each vector of length 1 again.
+
+    Raises:
+        ClassifierError: the embeddings have fewer numbers.
+    """
+    if size > rows.shape[1]:
+        raise ClassifierError("", f"the model's embeddings have {rows.shape[1]} numbers; {size} were asked for")
+    kept = rows[:, :size]
+    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+    scaled: npt.NDArray[np.float32] = kept / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return scaled
 
 
 def matrix(found: Sequence[Embedding]) -> npt.NDArray[np.float32]:

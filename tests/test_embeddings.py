@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from aisle.client import AsyncClassifier, Classifier, ClassifierError, Failure, InvalidText
 from aisle.client.embedding import MODEL, embed_file
+from aisle.client.protocol import Embedding
 from aisle.preprocess.clean import prepare
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.predict import pad
@@ -54,6 +55,35 @@ def test_embeddings_are_the_hidden_states_that_are_classified(
 def test_many_embeddings_keep_their_order(classifier: Classifier, checkpoint: Path) -> None:
     texts = [f"order {number}" for number in range(200)]
     assert np.abs(classifier.embed(texts) - expected_of(checkpoint, texts)).max() < 1e-3
+
+
+def test_embeddings_can_be_shortened(server: Server, classifier: Classifier, tmp_path: Path) -> None:
+    whole = classifier.embed(TEXTS)
+    expected = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
+    assert np.allclose(classifier.embed(TEXTS, size=16), expected, atol=1e-3)
+    (streamed,) = classifier.stream_embeddings(TEXTS[:1], size=16)
+    assert isinstance(streamed, Embedding)
+    assert np.allclose(streamed.values, expected[0], atol=1e-3)
+
+    async def ask() -> npt.NDArray[np.float32]:
+        async with AsyncClassifier(server.url, timeout=60) as other:
+            return await other.embed(TEXTS, size=16)
+
+    assert np.allclose(asyncio.run(ask()), expected, atol=1e-3)
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"text": TEXTS[0]}) + "\n", "utf-8")
+    command = ["embed", table, "-o", tmp_path / "out.npy", "--size", "16", "--url", server.url, "--json"]
+    assert json.loads(aisle(*command).stdout)["size"] == 16
+    assert np.allclose(np.load(tmp_path / "out.npy")[0], expected[0], atol=1e-3)
+
+
+def test_a_size_that_the_model_does_not_have_is_refused(classifier: Classifier) -> None:
+    available = classifier.embed(TEXTS[:1]).shape[1]
+    with pytest.raises(ClassifierError, match=f"have {available} numbers; 9999 were asked for"):
+        classifier.embed(TEXTS, size=9999)
+    for size in (0, 1.5, True):
+        with pytest.raises(ValueError, match="positive whole number"):
+            classifier.embed(TEXTS, size=size)  # type: ignore[arg-type]
 
 
 def test_embedding_and_classifying_do_not_disturb_each_other(server: Server, classifier: Classifier) -> None:

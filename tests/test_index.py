@@ -51,6 +51,8 @@ def test_the_most_similar_rows_are_found(kind: str, tmp_path: Path, monkeypatch:
     assert first.text == f"text {first.row}"
     assert first.similarity == pytest.approx(float(asked[0] @ vectors[first.row]), abs=1e-5)
     assert len(opened.search(asked[:1], 9999)[0]) <= 3000
+    longer = np.concatenate([asked * 0.6, np.full_like(asked, 0.1)], axis=1)  # is shortened to the index's size
+    assert opened.search(longer[:1], 10)[0][0].row == first.row
 
 
 def test_similar_texts_are_found_through_the_server(server: Server, classifier: Classifier, tmp_path: Path) -> None:

@@ -295,6 +295,10 @@ def embed(
         Path | None,
         typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .parquet or .npy."),
     ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep so many numbers of each embedding.", show_default="all that the model gives"),
+    ] = None,
     url: Url = "localhost:8001",
     text_column: TextColumn = "text",
     timeout: Timeout = 10.0,
@@ -308,13 +312,14 @@ def embed(
     with Classifier.from_environment(url, timeout=timeout) as classifier:
         if out is not None:
             source = Path(what[0])
-            result = embed_file(classifier, source, out, text_column, lambda rows, n: track(rows, "embedding", n))
+            progress = lambda rows, n: track(rows, "embedding", n)  # noqa: E731
+            result = embed_file(classifier, source, out, text_column, progress, size=size)
             embedded = result["rows"] - result["errors"]
             done = f"{embedded} of {result['rows']} rows have an embedding of {result['size']} numbers, in {out}"
             following = ("aisle", "index", out, "-o", "index") if out.suffix == ".parquet" else ()
             report(result, as_json, lambda _: None, (done, *following))
             return
-        vectors = classifier.embed(what)
+        vectors = classifier.embed(what, size=size)
     rows = [{"text": text, "embedding": row.tolist()} for text, row in zip(what, vectors, strict=True)]
     report({"embeddings": rows}, as_json, lambda _: _show_similarity(what, vectors @ vectors.T))
 

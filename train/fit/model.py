@@ -30,6 +30,7 @@ from aisle.train.fit.unknown import cutting
 VOCABULARY = 12000
 # Minimum frequency of a piece. Rarer ones, such as whole model numbers, are memorized and do not generalize.
 RAREST = 10  # in small tables 1 + texts / TEXTS
+RAREST_OF_GROUPS = 2  # such numbers tell products apart
 TEXTS = 2000
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
@@ -45,7 +46,8 @@ def new_bert(architecture: Any, texts: Sequence[str], settings: TrainingSettings
     Raises:
         InputError: the hidden size cannot be divided into attention heads.
     """
-    tokenizer = train_tokenizer(texts, settings.max_tokens)
+    rarest = RAREST_OF_GROUPS if settings.contrastive else RAREST
+    tokenizer = train_tokenizer(texts, settings.max_tokens, rarest)
     model = architecture(small_bert(tokenizer, settings, **more))
     embed(model, tokenizer, texts)
     return model, tokenizer
@@ -82,12 +84,15 @@ def heads(size: int) -> int:
     return count
 
 
-def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
+def train_tokenizer(texts: Sequence[str], max_tokens: int, rarest: int = RAREST) -> Tokenizer:
     """Learn a WordPiece vocabulary of frequent words, Chinese and other, and of every character.
 
     BERT-base-Chinese reads single characters and learns words from billions of texts. Ten thousand texts are too few
     for that, so frequent words are pieces here, which also gives fewer tokens. A piece is the same at the start of a
     word and within it, because Chinese has no spaces. Each character that is in no text becomes one [UNK].
+
+    Args:
+        rarest: minimum frequency of a piece; in small tables it is lower.
     """
     tokenizer = _wordpiece({})
     # The trainer breaks ties by token id, and gives characters ids in the order of a randomly seeded hash map.
@@ -95,7 +100,7 @@ def train_tokenizer(texts: Sequence[str], max_tokens: int) -> Tokenizer:
     characters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     trainer = trainers.WordPieceTrainer(
         vocab_size=VOCABULARY,
-        min_frequency=min(RAREST, 1 + len(texts) // TEXTS),
+        min_frequency=min(rarest, 1 + len(texts) // TEXTS),
         special_tokens=[*SPECIAL, *characters],
         continuing_subword_prefix="",
         show_progress=False,
