@@ -39,7 +39,7 @@ from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
-from aisle.preprocess import fast
+from aisle.preprocess import fast, fields
 from aisle.preprocess.pack import WIDEST
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core import decisions, sample
@@ -123,6 +123,8 @@ def _tables(checkpoint: Path, data: DataSource | None, held_out: TextSource | No
 def _write_text_files(inputs: BuildInputs, checkpoint: Path, folders: dict[str, Path]) -> None:
     """Write what turns texts into tokens, and logits into categories and decisions."""
     inputs.tokenizer.save(folders["tokenizer"] / "tokenizer.json")
+    if inputs.checkpoint.fields:
+        write_json(folders["tokenizer"] / fields.FILE, inputs.checkpoint.fields)
     write_json(folders["tokenizer"] / fast.DECISION, inputs.tokenizer.decide_fast(inputs.texts))
     shutil.copyfile(checkpoint / "labels.json", folders["encoder"] / "labels.json")
     if inputs.checkpoint.decisions:

@@ -138,6 +138,7 @@ def _sample(checkpoint: Checkpoint, data: DataSource | None, held_out: TextSourc
     """
     own = _own_sample(checkpoint, data)
     if held_out:
+        checkpoint.check_fields(held_out.text_column)
         return _with_held_out(own, held_out)
     if own is None:
         raise InputError(
@@ -150,6 +151,7 @@ def _sample(checkpoint: Checkpoint, data: DataSource | None, held_out: TextSourc
 def _own_sample(checkpoint: Checkpoint, data: DataSource | None) -> Sample | None:
     """Return a sample of `data` or the checkpoint's own sample; None if there is neither."""
     if data:
+        checkpoint.check_fields(data.text_column)
         return sample_of(data.path, data.text_column, data.label_column, checkpoint.labels, checkpoint.labelling)
     return checkpoint.sample if (checkpoint.folder / "sample.jsonl").is_file() else None
 

@@ -179,7 +179,7 @@ class AsyncClassifier(Connection):
         raw = wire.to_utf8_list(texts)
         answers = wire.predictions(await self._infer(raw, wanted, bulk))
         if self._log:
-            self._log.record(raw, answers)
+            self._log.record(wire.plain(raw), answers)
         return answers
 
     async def _embed_batch(self, texts: list[Any], wanted: wire.Wanted) -> list[Embedding]:

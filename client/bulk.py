@@ -18,12 +18,12 @@ from aisle.client.classifier import Classifier
 from aisle.client.protocol import Failure, Prediction
 from aisle.client.wire import Wanted
 from aisle.errors import InputError
+from aisle.preprocess.fields import columns_of
 from aisle.preprocess.tables.opening import STDIO, Reading, reading
 from aisle.preprocess.tables.sheets import require_fit
-from aisle.preprocess.tables.table import FaultyRow, Row, as_text, fingerprint, missing_column, read_rows
+from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_rows, to_send
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
 from aisle.preprocess.values import TextError
-from aisle.preprocess.values import as_text as checked_text
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 
 try:
@@ -195,15 +195,14 @@ def _answers(
         yield faults.popleft() or answer
 
 
-def usable(row: Row, text_column: str) -> tuple[str | None, Failure | None]:
+def usable(row: Row, text_column: str) -> tuple[Any, Failure | None]:
+    """Return what to send for a row, None if it has no text, and why it cannot be sent."""
     if isinstance(row, FaultyRow):
         return None, Failure(row.fault)
     try:
-        checked_text(row.get(text_column))
+        return to_send(row, text_column), None
     except TextError as error:
         return None, Failure(str(error))
-    text: str | None = as_text(row.get(text_column))
-    return text, None
 
 
 def _check_model(version: int, model: str, before: Progress, path: Path) -> None:
@@ -294,8 +293,9 @@ def scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[lis
         if sheet is not None:
             for value in row.values():
                 require_fit(value, sheet, total)
-    if total and text_column not in columns:
-        raise missing_column(source, text_column, list(columns))
+    lacking = next((name for name in columns_of(text_column) if name not in columns), None)
+    if total and lacking is not None:
+        raise missing_column(source, lacking, list(columns))
     return list(columns), total
 
 

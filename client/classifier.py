@@ -230,7 +230,7 @@ class Classifier(Connection):
         raw = wire.to_utf8_list(texts)
         answers = wire.predictions(self._infer(raw, wanted, bulk))
         if self._log:
-            self._log.record(raw, answers)
+            self._log.record(wire.plain(raw), answers)
         return answers
 
     def _embed_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Embedding]:

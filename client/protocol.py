@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from aisle.errors import InputError, ServerError
 
-Text = str | bytes
+Text = str | bytes | Mapping[str, object]  # the last: the fields of a product, such as title and brand
 MODEL = "product_classifier"
 DECISIONS_MODEL = "product_decisions"  # the same, with decisions
 EMBEDDINGS_MODEL = "product_embeddings"  # over the same encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 import struct
@@ -27,6 +28,7 @@ from aisle.client.protocol import (
 from aisle.client.status import EmptyAnswer
 from aisle.errors import InputError
 from aisle.preprocess.clean import check_size
+from aisle.preprocess.fields import PARAMETER, join, to_json
 from aisle.preprocess.values import TextError, as_text
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -43,6 +45,10 @@ class Models(NamedTuple):
 
     fingerprints: dict[int, str]  # of the model behind each version
     has_decisions: bool  # whether all of them have decisions
+
+
+class Fields(bytes):
+    """The fields of a product, such as title and brand, as a JSON object in UTF-8."""
 
 
 class Wanted(NamedTuple):
@@ -95,6 +101,8 @@ def to_utf8(text: Any) -> bytes:
         InvalidText: it is missing, not a text (see `aisle.preprocess.values`), or not Unicode.
     """
     try:
+        if isinstance(text, Mapping):
+            return Fields(to_json(text))
         known = text if type(text) is str else as_text(text)
         if known is None:
             raise InvalidText(MISSING.message)
@@ -118,6 +126,11 @@ def to_utf8_list(texts: Sequence[Any]) -> list[bytes]:
     except InvalidText as error:
         raise (with_row(error, len(raw)) if len(texts) > 1 else error) from None
     return raw
+
+
+def plain(raw: Sequence[bytes]) -> list[str | bytes]:
+    """Return texts as the model reads them, for a log: fields are joined, in the caller's order."""
+    return [join(json.loads(data)) or "" if isinstance(data, Fields) else data for data in raw]
 
 
 def check_texts(texts: Sequence[Any]) -> tuple[list[Failure | None], list[bytes]]:
@@ -194,6 +207,8 @@ def request_of(raw: Sequence[bytes], wanted: Wanted, version: str) -> Request:
     shape = (len(raw), 1)
     request.inputs.add(name="text", datatype="BYTES", shape=shape)
     request.raw_input_contents.append(b"".join([part for text in raw for part in (_SIZE.pack(len(text)), text)]))
+    if any(isinstance(text, Fields) for text in raw):
+        request.parameters[PARAMETER].bool_param = True
     if top_k != 1:
         request.inputs.add(name="top_k", datatype="INT32", shape=shape)
         request.raw_input_contents.append(struct.pack("<i", top_k) * len(raw))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from aisle.errors import InputError
 from aisle.preprocess import labels as label_rules
 from aisle.preprocess.clean import RARE, CleaningReport, content_key, prepare, prepare_label
+from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.near import PERMUTATIONS, Signer, neighbours
 from aisle.preprocess.quality_report import GROUPS, quality_page
@@ -124,6 +125,8 @@ def clean_file(
     """
     kind = output_kind(source, out)
     refuse_same(source, out)
+    if len(columns_of(text_column)) > 1:
+        raise InputError(f"--text-column {text_column}: give one column; aisle train cleans several by itself")
     page = _page_of(out, page, near)
     beside = None if out == STDIO else out.parent
     if beside:

@@ -29,7 +29,7 @@ def targets() -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-TextColumn = Annotated[str, typer.Option(help="The column that holds the text.")]
+TextColumn = Annotated[str, typer.Option(help="The column that holds the text; give several to read them together.")]
 LabelColumn = Annotated[str, typer.Option(help="The column that holds the category.")]
 
 

@@ -39,6 +39,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(param.name == "data" and param.param_type_name == "argument" for param in self.params):
             args = _move_data_last(args)
+        args = _join_text_columns(args)
         rest = super().parse_args(ctx, args)
         for name, value in ctx.params.items():
             for each in value if isinstance(value, (list, tuple)) else (value,):
@@ -87,11 +88,13 @@ def _refuse_one_column_for_both(values: dict[str, Any]) -> None:
     """Refuse one column as both text and label: a model would learn to repeat its input.
 
     Raises:
-        InputError: the two columns are the same.
+        InputError: the label's column is one of the text's, or one of these is given twice.
     """
-    column = values.get("text_column")
-    if column and column == values.get("label_column"):
-        raise InputError(f"--text-column and --label-column are both {column!r}; give two columns")
+    from aisle.preprocess.fields import columns_of
+
+    label = values.get("label_column")
+    if label and label in columns_of(values.get("text_column") or ""):
+        raise InputError(f"--text-column and --label-column are both {label!r}; give two columns")
 
 
 def _refuse_report_over_input(name: str, values: dict[str, Any]) -> None:
@@ -122,6 +125,23 @@ def _move_data_last(args: list[str]) -> list[str]:
         else:
             rest.append(word)
     return rest + [table for table in tables if table]
+
+
+def _join_text_columns(args: list[str]) -> list[str]:
+    """Turn several `--text-column NAME` into one, with a plus between the names."""
+    option = "--text-column"
+    words = iter(args)
+    rest, names = [], []
+    for word in words:
+        if word == option:
+            names.append(next(words, ""))
+        elif word.startswith(f"{option}="):
+            names.append(word.removeprefix(f"{option}="))
+        else:
+            rest.append(word)
+    if len(names) < 2:
+        return args
+    return [f"{option}={'+'.join(names)}", *rest]
 
 
 def simplify_help(params: Iterable[Any]) -> list[Any]:

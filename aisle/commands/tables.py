@@ -43,8 +43,9 @@ def reads_tables(command: Command) -> Command:
             _refuse_unused(reading, arguments)
         if not options["header"]:
             for name in ("text_column", "label_column"):
-                if str(arguments.get(name, "")).isdigit():
-                    arguments[name] = unnamed(int(arguments[name]))
+                words = str(arguments.get(name) or "").split("+")
+                if all(word.isdigit() for word in words):
+                    arguments[name] = "+".join(unnamed(int(word)) for word in words)
 
     return with_options(
         command, {"delimiter": (Delimiter, ""), "encoding": (Encoding, ""), "header": (Header, True)}, before

@@ -70,6 +70,8 @@ def frontier(
         ServerError: a server failed.
     """
     texts, labels, _ = read_scorable(data, text_column, label_column, held_out=True)
+    for checkpoint in checkpoints:
+        Checkpoint(checkpoint).check_fields(text_column)
     labels = Checkpoint(checkpoints[0]).labelling.apply(labels)
     _check_categories(checkpoints, labels, data)
     target = best_target()

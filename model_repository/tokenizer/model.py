@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import triton_python_backend_utils as pb_utils
 from aisle.deploy.serving.metrics import Metrics
 from aisle.preprocess.clean import prepare
 from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.fields import PARAMETER, from_json, read_fields
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.tokenize = TextTokenizer(Path(args["model_repository"], args["model_version"], "tokenizer.json"))
+        folder = Path(args["model_repository"], args["model_version"])
+        self.tokenize = TextTokenizer(folder / "tokenizer.json")
+        self.fields = read_fields(folder)
         counters = ("aisle_texts_total", "aisle_texts_truncated_total", "aisle_texts_unknown_total")
         self.metrics = Metrics(args["model_version"], args["model_instance_name"], *counters)
 
@@ -30,7 +34,7 @@ class TritonPythonModel:
         for request in requests:
             rows = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()[:, 0]
             try:
-                prepared = prepare_rows(rows, found)
+                prepared = prepare_rows(rows, found, self.fields if PARAMETER in request.parameters() else None)
             except TextError as error:
                 spans.append(str(error))
                 self.metrics.add("aisle_texts_rejected_total", reason=error.reason)
@@ -64,8 +68,11 @@ class TritonPythonModel:
         self.metrics.close()
 
 
-def prepare_rows(rows: Any, found: Counter[str]) -> list[str]:
+def prepare_rows(rows: Any, found: Counter[str], fields: Sequence[str] | None = None) -> list[str]:
     """Prepare the texts of one request; count the replaced personal data in `found`, by kind.
+
+    Args:
+        fields: if not None, texts that start with "{" are JSON objects of these fields.
 
     Raises:
         TextError: a row is bad; the message names the first one.
@@ -73,6 +80,8 @@ def prepare_rows(rows: Any, found: Counter[str]) -> list[str]:
     prepared = []
     for number, raw in enumerate(rows):
         try:
+            if fields is not None and raw.startswith(b"{"):
+                raw = from_json(raw, fields)
             prepared.append(prepare(raw, found))
         except TextError as error:
             where = f"row {number}: " if len(rows) > 1 else ""

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from aisle.errors import InputError
 from aisle.preprocess import values
+from aisle.preprocess.fields import columns_of, join
 from aisle.preprocess.tables import columnar, sheets
 from aisle.preprocess.tables.delimited import LONGEST, Records, TooLong
 from aisle.preprocess.tables.jsonrows import Repeated, array_rows, line_rows
@@ -148,6 +149,32 @@ def _check_delimiter(path: Path, delimiter: str, header: list[str]) -> None:
     )
 
 
+def value_of(row: Row, name: str) -> Any:
+    """Return the text of a column, or of several as in "title+brand"; otherwise as `as_text`."""
+    parts = columns_of(name)
+    if len(parts) == 1:
+        return as_text(row.get(name))
+    fields = {part: as_text(row.get(part)) for part in parts}
+    try:
+        return join(fields)
+    except TextError:
+        return next(value for value in fields.values() if not isinstance(value, str | None))  # `prepare` refuses it
+
+
+def to_send(row: Row, name: str) -> Any:
+    """Return what a client sends for a column, or for several: their fields, so that the server checks their names.
+
+    Raises:
+        TextError: a field is not a text.
+    """
+    parts = columns_of(name)
+    if len(parts) == 1:
+        values.as_text(row.get(name))
+        return as_text(row.get(name))
+    fields = {part: row.get(part) for part in parts}
+    return fields if join(fields) else None
+
+
 NAMING = "--text-column or --label-column"  # the options that name columns
 
 
@@ -158,7 +185,7 @@ def checked(rows: Iterable[Row], names: list[str], path: Path, options: str = NA
         InputError: a column is missing; the message lists the columns of the table. In JSON, where each row has its
             own keys, a column is missing if no row has it. This is known only at the end.
     """
-    lacking: list[str] = list(names)
+    lacking = [part for name in names for part in columns_of(name)]
     seen: dict[str, None] = {}
     sparse = kind_of(path) in ("json", "jsonl")
     for row in rows:
@@ -187,7 +214,7 @@ def column(rows: Iterable[Row], names: list[str], path: Path, options: str = NAM
     for number, row in enumerate(checked(rows, names, path, options), start=1):
         if isinstance(row, FaultyRow):
             raise InputError(f"{path}, row {number}: {row.fault}")
-        yield tuple(as_text(row.get(name)) for name in names)
+        yield tuple(value_of(row, name) for name in names)
 
 
 def as_text(value: Any) -> Any:
@@ -209,7 +236,8 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> Iterator[t
         InputError: as `read_rows` and `column`; or a row has more cells than columns.
     """
     names = [text_column, label_column]
-    for text, label in column(read_rows(path, names), names, path):
+    only = [*columns_of(text_column), label_column]
+    for text, label in column(read_rows(path, only), names, path):
         yield text, label
 
 

@@ -16,7 +16,8 @@ from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess import vocabulary
 from aisle.preprocess.clean import prepare
-from aisle.preprocess.tables.table import FaultyRow, Row, as_text, missing_column, read_rows
+from aisle.preprocess.fields import columns_of
+from aisle.preprocess.tables.table import FaultyRow, Row, missing_column, read_rows, value_of
 from aisle.preprocess.values import TextError
 
 BLOCK = 250  # texts of a table whose words are counted together
@@ -115,7 +116,8 @@ def _text_column(row: Row, text_column: str, path: Path) -> str:
     Raises:
         InputError: it is a classified table without this column; three of the measures would be missing.
     """
-    found = next((name for name in (text_column, "text") if name in row), None)
+    has = all(part in row for part in columns_of(text_column))
+    found = text_column if has else "text" if "text" in row else None
     if found is None and "error" in row:  # only a classified table has this column
         raise missing_column(path, text_column, list(row))
     return found or text_column
@@ -150,7 +152,7 @@ class _Answers:
         self.times.append(time)
         self._categories.append(category)
         self._confidences.append(_confidence(row.get("confidence"), where))
-        length = self._add_text(as_text(row.get(text_column)))
+        length = self._add_text(value_of(row, text_column))
         self._lengths.append(float(row["length"]) if isinstance(row.get("length"), int) else length)
         if len(self._texts) == BLOCK:
             self._count_texts()

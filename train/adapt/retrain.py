@@ -105,6 +105,7 @@ def retrain(
     labels = Checkpoint(checkpoint).labels
     settings, columns, labelling = _read_training(checkpoint)
     text_column, label_column = text_column or columns[0], label_column or columns[1]
+    Checkpoint(checkpoint).check_fields(text_column)
     filled = read_corrections(corrections)
     rows = filled.apply(read_labelled(data, text_column, label_column))
     table, cleaning = clean_rows(rows, labelling, learnable=is_learnt)

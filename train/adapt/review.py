@@ -15,8 +15,9 @@ from aisle.client import Classifier, Failure
 from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.clean import content_key, prepare
+from aisle.preprocess.fields import columns_of
 from aisle.preprocess.near import PERMUTATIONS, Signer
-from aisle.preprocess.tables.table import FaultyRow, Row, as_text, checked, missing_column, read_rows
+from aisle.preprocess.tables.table import FaultyRow, Row, checked, missing_column, read_rows, to_send, value_of
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_rows
 from aisle.preprocess.values import TextError
 from aisle.train.adapt.labelling_tools import CORRECTION, TOOLS
@@ -144,10 +145,11 @@ def _logged(source: Path, text_column: str, skipped: Counter[str]) -> Iterator[R
         if row.get("category") in (None, ""):
             skipped["not answered"] += 1
             continue
-        if first and not {"length", text_column} & row.keys():  # a traffic log has a length; texts are optional
+        # A traffic log has a length; texts are optional.
+        if first and not {"length", *columns_of(text_column)} & row.keys():
             raise missing_column(source, text_column, list(row))
         first = False
-        if row.get(text_column) is None:
+        if (text := value_of(row, text_column)) is None:
             skipped[NO_TEXT] += 1
             continue
         try:
@@ -159,7 +161,7 @@ def _logged(source: Path, text_column: str, skipped: Counter[str]) -> Iterator[R
                 f"{source}, row {number}: a confidence is not a number; classify the table again"
             ) from None
         yield {
-            "text": as_text(row[text_column]),
+            "text": text,
             "category": str(row["category"]),
             "confidence": confidence,
             "category_2": row.get("category_2") or "",
@@ -175,12 +177,12 @@ def _classify(source: Path, url: str, text_column: str, skipped: Counter[str]) -
 
     def read() -> Iterator[str | None]:
         for row in chain(beginning, rows):
-            text = as_text(row.get(text_column))
+            text = value_of(row, text_column)
             if isinstance(row, FaultyRow) or not (text is None or isinstance(text, str)):
                 skipped[row.reason if isinstance(row, FaultyRow) else "not text"] += 1
                 continue
             texts.append(text)
-            yield text
+            yield to_send(row, text_column)
 
     with Classifier.from_environment(url) as classifier:
         for answer in track(classifier.stream(read(), top_k=2), "classifying"):

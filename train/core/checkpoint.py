@@ -24,6 +24,7 @@ import aisle
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.decisions import Decisions
@@ -54,6 +55,21 @@ class Checkpoint:
     def labelling(self) -> Labelling:
         """How training changed the labels of its table. Another table with such labels needs the same changes."""
         return _read_labelling(self.folder)
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The columns that it reads as one text, as in `aisle.preprocess.fields`; none if it reads one column."""
+        return list(_read_config(self.folder).get("text_fields", []))
+
+    def check_fields(self, text_column: str) -> None:
+        """Check that a table's text columns are those that the model reads.
+
+        Raises:
+            InputError: they are not.
+        """
+        if columns_of(text_column) != self.fields and (self.fields or len(columns_of(text_column)) > 1):
+            options = " ".join(f"--text-column {name}" for name in self.fields) or "one --text-column"
+            raise InputError(f"{self.folder} was trained on other columns; give {options}")
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -115,10 +131,7 @@ def _load_model(folder: Path, labels: Sequence[str]) -> Any:
         InputError: the folder holds another architecture, its labels, weights and tokenizer do not fit together, or a
             weight is not finite.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder}/config.json is damaged: {error}") from None
+    config = _read_config(folder)
     check_family(config.get("model_type"), folder)
     model = load_classifier(folder, folder)
     if model.config.num_labels != len(labels):
@@ -127,6 +140,13 @@ def _load_model(folder: Path, labels: Sequence[str]) -> Any:
     check_pieces(folder, TextTokenizer(folder / "tokenizer.json").tokenizer, model)
     check_finite(folder, model)
     return model.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/config.json is damaged: {error}") from None
 
 
 def load_classifier(folder: Path, name: Path | str) -> Any:

@@ -57,10 +57,11 @@ def evaluate(
         InputError: nothing is left to score, or no label is known to the model.
         ServerError: the server failed.
     """
-    texts, labels, skipped = read_scorable(data, text_column, label_column, held_out)
     source = Checkpoint(checkpoint) if checkpoint else None
     if source:
+        source.check_fields(text_column)
         labelling = labelling.after(source.labelling)
+    texts, labels, skipped = read_scorable(data, text_column, label_column, held_out)
     answers, known, speed = _predict(source, url, texts, [*labels, *labelling.apply(labels)])
     labelling = replace(labelling, known=tuple(sorted(known)))
     labels = labelling.apply(labels)

@@ -56,7 +56,9 @@ def check(
         InputError: no text can be used, `checkpoint` is not a checkpoint, or the server's model is another one.
         ServerError: the server failed.
     """
-    local = CheckpointPredictor(Checkpoint(checkpoint))
+    source = Checkpoint(checkpoint)
+    source.check_fields(text_column)
+    local = CheckpointPredictor(source)
     readings, skipped = held_out(data, text_column, local.tokenizer, rows, seed)
     with open_predictor(local, url) as predictor:
         predictions, weights, attributions = attribute(readings, local, predictor)

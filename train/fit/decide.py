@@ -60,6 +60,7 @@ def _labelled(
     checkpoint: Checkpoint, data: Path, text_column: str, label_column: str, untrained: bool
 ) -> LabelledTexts:
     """Return the usable texts of a table with their categories."""
+    checkpoint.check_fields(text_column)
     raw = read_labelled(data, text_column, label_column)
     table, _ = clean_rows(raw, checkpoint.labelling, learnable=is_learnt)
     if not untrained:

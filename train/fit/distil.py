@@ -78,8 +78,9 @@ def distil(
     check_settings(settings)
     if settings.from_scratch:
         check_student(AutoConfig.from_pretrained(folders[0], local_files_only=True), spec)
-    for checkpoint in checkpoints:
-        _ = checkpoint.labels  # a bad checkpoint is refused before the table, which may be large, is read
+    for checkpoint in checkpoints:  # a bad checkpoint is refused before the table, which may be large, is read
+        _ = checkpoint.labels
+        checkpoint.check_fields(text_column)
     labelling = checkpoints[0].labelling
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
     parts = split(table)

@@ -15,6 +15,7 @@ from aisle.errors import InputError
 from aisle.files import put_in_place
 from aisle.preprocess.clean import CleaningReport, LabelledTexts, clean_rows
 from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint, read_labelled
 from aisle.train.core.calibration import fit_temperature
@@ -185,6 +186,9 @@ def write_result(
         "temperature": learnt.temperature,
         "processes": origin.processes,
     }
+    names, config = columns_of(origin.data["columns"][0]), learnt.model.config
+    if len(names) > 1 or getattr(config, "text_fields", None):
+        config.text_fields = names if len(names) > 1 else []
     write_checkpoint(folder, learnt.model, learnt.tokenizer, draw(parts), metrics, training, learnt.decisions)
     put_in_place(folder, out)
 
