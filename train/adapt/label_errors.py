@@ -86,9 +86,8 @@ def find_label_errors(numbers: Sequence[int], table: LabelledTexts) -> tuple[lis
     """Find the labels that are probably wrong.
 
     Probabilities are summed to each level of the categories' paths, and cleanlab judges the labels there. It names as
-    many suspects as it estimates wrong labels: those with the lowest margin between the given and the most probable
-    other name. A wrong department is worse than a wrong leaf, so suspects of an upper level come first; within a
-    level, those with the lowest margin.
+    many suspects as it estimates wrong labels: those whose given name is least probable. A wrong department is worse
+    than a wrong leaf, so suspects of an upper level come first; within a level, the least probable.
 
     A category of one row is left out, because nothing else tells what belongs to it. Memory: the texts with their
     n-grams, 16 bytes for each row and level, and about 1 GB for the SVM's weights and `CELLS` probabilities.
