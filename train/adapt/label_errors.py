@@ -119,7 +119,7 @@ def find_label_errors(numbers: Sequence[int], table: LabelledTexts) -> tuple[lis
     found = [_inspect(level, given, each) for level, each in zip(levels, kept, strict=True)]
     rows = _suspects(judged, [numbers[i] for i in places], names, confidence, kept, found)
     by_level = Counter(row["level"] for row in rows)
-    wrong = found[-1].wrong / len(places)
+    wrong = max(each.wrong for each in found) / len(places)  # an error of an upper level is one of the leaf, too
     return rows, {
         "rows_judged": len(places),
         "rows_alone": len(table.texts) - len(places),
