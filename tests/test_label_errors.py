@@ -136,6 +136,7 @@ def test_the_desk_reviews_the_table_in_its_order(planted: dict[str, Any], tmp_pa
         page = client.get("/review").text
         first = suspects[0]
         assert first["text"] in page
+        assert f"Model: {first['category_2'].replace('>', '&gt;')}" in page
         for key, name in (("1", first["category"]), ("2", first["category_2"])):
             assert f'value="{name.replace(">", "&gt;")}" data-key="{key}"' in page
 
