@@ -70,6 +70,11 @@ def read_label_map(path: Path) -> dict[str, str]:
     return renamed
 
 
+def upto(label: str, level: int) -> str:
+    """Return the beginning of a category's path, with `level` names at most."""
+    return SEPARATOR.join(label.split(SEPARATOR)[:level])
+
+
 def variant_key(label: str) -> str:
     """Return a key that is equal for labels that differ only in case, spaces or width."""
     return _UNSEEN.sub("", unicodedata.normalize("NFKC", label)).casefold()

@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from aisle.errors import InputError
 from aisle.preprocess import labels as label_rules
-from aisle.preprocess.clean import RARE, CleaningReport, content_key, prepare, prepare_label
+from aisle.preprocess.clean import RARE, CleaningReport, LabelledTexts, content_key, prepare, prepare_label
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.near import PERMUTATIONS, Signer, neighbours
@@ -36,6 +36,7 @@ CUT = 200  # characters of a text in the report
 Mask = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
 Track = Callable[[Iterable[Any]], Iterable[Any]]
+Examine = Callable[[Sequence[int], LabelledTexts], dict[str, Any]]  # row numbers and rows -> figures about the labels
 
 
 @dataclass
@@ -100,6 +101,7 @@ def clean_file(
     page: Path | None = None,
     track: Track = lambda rows: rows,
     labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
+    examine: Examine | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` that training can use to `out`, and report the others.
 
@@ -116,6 +118,8 @@ def clean_file(
             written beside it.
         track: wraps the stream of rows, to show progress.
         labelling: how labels are changed.
+        examine: looks for wrong labels among the rows that are kept, whose texts are then all in memory. It changes
+            nothing; its figures become `label_errors` of the report.
 
     Returns:
         The figures of the report.
@@ -148,6 +152,8 @@ def clean_file(
         files = {"source": str(source), "output": str(out), "report": str(page) if page else None}
         result = {**files, "near": near, **_figures(usable, scan, duplicates, kept, final)}
         columns = {text_column: str, label_column: str}
+        if examine:
+            result["label_errors"] = examine(*_kept_rows(usable, kept, final))
         edits = partial(_edits, usable, kept, final, [text_column, label_column], scan.report.rows_in)
         with replacing(out) as writing:
             write_edited(source, writing, edits, list(scan.columns), columns, kind=kind)
@@ -177,6 +183,14 @@ def _figures(
         **profile(text for _, text in usable.read(kept)),
         "personal_data": dict(scan.personal.most_common()),
     }
+
+
+def _kept_rows(usable: _Usable, kept: Mask, final: list[str | None]) -> tuple[list[int], LabelledTexts]:
+    """Return the row numbers of the kept rows, and the rows."""
+    texts = [text for _, text in usable.read(kept)]
+    places = np.flatnonzero(kept).tolist()
+    labels = [str(final[usable.labels[place]]) for place in places]
+    return [usable.rows[place] for place in places], LabelledTexts(texts, labels)
 
 
 def _edits(usable: _Usable, kept: Mask, final: list[str | None], columns: list[str], rows: int) -> Iterator[Row | None]:

@@ -25,6 +25,8 @@ def quality_page(result: dict[str, Any]) -> Page:
     page.table(("reason", "rows", "first row numbers"), rows)
     _categories(page, result)
     _changed_labels(page, result)
+    if "label_errors" in result:
+        _label_errors(page, result["label_errors"])
     _duplicates(page, result)
     _languages_and_lengths(page, result)
     page.heading("Personal data")
@@ -40,6 +42,28 @@ def _categories(page: Page, result: dict[str, Any]) -> None:
     page.table(("category", "rows before", "rows after"), [(name, n["before"], n["after"]) for name, n in shown])
     after = {name: n["after"] for name, n in shown[:BARS]}
     page.plot(_bars(after, "rows kept"), "Rows kept of each category")
+
+
+def _label_errors(page: Page, found: dict[str, Any]) -> None:
+    page.heading("Suspected labels")
+    page.text(
+        f"{found['suspects']} of {found['rows_judged']} labels are suspected, in {found['output']}; none is changed. "
+        f"cleanlab estimates that {found['wrong']:.1%} are wrong. A model without an error would then measure an "
+        f"accuracy of {found['reachable']:.1%} on labels like these. Texts that do not tell their category are not "
+        "counted."
+    )
+    page.table(("level of the error", "suspects"), [(int(level), rows) for level, rows in found["by_level"].items()])
+    page.text(f"The first {len(found['examples'])}, most probable first, a wrong upper level before a wrong leaf.")
+    columns = {
+        "row": "row",
+        "category": "label",
+        "confidence": "probability",
+        "category_2": "suspected",
+        "confidence_2": "its probability",
+        "level": "level",
+        "text": "text",
+    }
+    page.records(columns, found["examples"])
 
 
 def _duplicates(page: Page, result: dict[str, Any]) -> None:

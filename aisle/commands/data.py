@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aisle.commands import Json, LabelColumn, OutputTable, Report, Seed, Table, TextColumn, other_columns, report
-from aisle.commands.command import Stage
+from aisle.commands.command import Stage, file_to_write
 from aisle.commands.tables import (
     FoldLabels,
     LabelMap,
@@ -18,7 +19,11 @@ from aisle.commands.tables import (
     refuse_two_on_stdout,
     writes_tables,
 )
-from aisle.console import cell, new_table, show, stdout, track
+from aisle.console import cell, new_table, say, show, stdout, track
+from aisle.errors import InputError
+
+if TYPE_CHECKING:
+    from aisle.train.adapt.label_errors import Suspects
 
 app = Stage()
 
@@ -54,6 +59,13 @@ def clean(
     fold_labels: FoldLabels = False,
     label_map: LabelMap = None,
     min_rows: MinRows = 0,
+    label_errors: Annotated[
+        Path | None,
+        typer.Option(
+            callback=file_to_write,
+            help="Also write a table of the labels that are probably wrong, for a person to correct; none is changed.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Clean a table: drop copies and conflicting labels, replace personal data, and write a report."""
@@ -61,18 +73,54 @@ def clean(
 
     refuse_two_on_stdout(out, as_json)
     rules = labelling(fold_labels, label_map, min_rows)
-    result = clean_file(data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules)
+    suspects = _suspects(data, label_errors, out, as_json) if label_errors else None
+    examine = suspects.find if suspects else None
+    result = clean_file(
+        data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules, examine
+    )
     note_labels(result)
+    if suspects:
+        suspects.write()
+        _note_suspects(result["label_errors"])
     columns = other_columns(text_column, label_column)
     following = (f"clean table in {out}", "aisle", "train", out, *columns, "-o", "checkpoint")
     report(result, as_json, _show_cleaning, () if str(out) == "-" else following)
+
+
+def _suspects(data: Path, label_errors: Path, out: Path, as_json: bool) -> Suspects:
+    """Return the table of --label-errors, checked before the work.
+
+    Raises:
+        InputError: it would replace another file of the command, or its format is unknown.
+    """
+    from aisle.train.adapt.label_errors import Suspects
+
+    if str(label_errors) == "-" and as_json:
+        raise InputError("--label-errors - and --json would both write to standard output; choose one")
+    if label_errors.resolve() == out.resolve():
+        raise InputError(f"--label-errors and -o would both write {out}; choose another file for one of them")
+    return Suspects(data, label_errors)
+
+
+def _note_suspects(found: dict[str, Any]) -> None:
+    """Say on stderr what was found, because the table may be on stdout."""
+    if found["rows_alone"]:
+        say(f"{found['rows_alone']} labels cannot be judged: no other row has their category")
+    if not found["suspects"]:
+        say(f"none of {found['rows_judged']} labels is suspected; {found['output']} has no row")
+        return
+    levels = ", ".join(f"{rows} at level {level}" for level, rows in found["by_level"].items() if rows)
+    say(
+        f"{found['suspects']} of {found['rows_judged']} labels are suspected ({levels}), in {found['output']}; if the "
+        f"estimated {found['wrong']:.1%} are wrong, a model without an error measures {found['reachable']:.1%} accuracy"
+    )
 
 
 def _show_cleaning(result: dict[str, Any]) -> None:
     table = new_table("reason", "rows dropped", "first row numbers")
     for reason, rows in result["dropped"].items():
         table.add_row(cell(reason), cell(rows), ", ".join(map(str, result["examples"][reason])))
-    if result["output"] == "-":  # stdout has the table
+    if "-" in (result["output"], result.get("label_errors", {}).get("output")):  # stdout has a table
         return
     stdout.print(table)
     show(f"{result['rows_kept']} of {result['rows_in']} rows in {result['output']}; see {result['report']}")

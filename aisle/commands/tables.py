@@ -16,6 +16,8 @@ from aisle.preprocess.tables.opening import Reading, set_reading
 from aisle.preprocess.tables.table import unnamed
 from aisle.preprocess.tables.writing import BOM
 
+WRITTEN = ("out", "page", "label_errors", "log", "log_dir", "repository")  # options that name no file to read
+
 Delimiter = Annotated[
     str, typer.Option(help="Delimiter of the input, such as ';' or '\\t'.", show_default="as the file's name says")
 ]
@@ -83,7 +85,7 @@ def _refuse_unused(reading: Reading, arguments: dict[str, Any]) -> None:
     """Refuse options that apply to none of the command's files."""
     from aisle.preprocess.tables.opening import kind_of_name
 
-    read = [value for name, value in arguments.items() if name not in ("out", "page", "log", "log_dir", "repository")]
+    read = [value for name, value in arguments.items() if name not in WRITTEN]
     given = [each for value in read for each in (value if isinstance(value, list) else [value])]
     names = [str(each) for each in given if isinstance(each, Path | str) and str(each)]
     kinds = {kind_of_name(name) for name in names} | ({"csv"} if "-" in names else set())

@@ -22,6 +22,7 @@ SECOND_OPINIONS = 10  # one in so many texts is labelled by two people
 TEAM = "team"  # setting: the names of the people who use the desk, as JSON
 MOST_PEOPLE = 5  # for one text; if no more than half of them agree, it stays open as disputed
 LEASE_SECONDS = 600.0  # a text goes to someone else afterwards
+FIRST = -1.0  # the margin of texts that come first; rows of one margin keep their order
 FEWEST_PAIRS = 10  # texts with two labels, for kappa
 
 Kind = Literal["category", "none", "skip"]
@@ -75,18 +76,23 @@ class Agreement:
     kappa: float | None  # Cohen's; None if there are fewer than `FEWEST_PAIRS` texts, or one category only
 
 
-def add(db: sqlite3.Connection, file: int, rows: Iterable[dict[str, Any]]) -> int:
-    """Add rows of `aisle review` to the queue; return their number. A text that it has already is not added again."""
+def add(db: sqlite3.Connection, file: int, rows: Iterable[dict[str, Any]], *, ranked: bool = False) -> int:
+    """Add rows of `aisle review` to the queue; return their number. A text that it has already is not added again.
+
+    Args:
+        ranked: the rows keep their order, and come before texts that are ordered by their margin.
+    """
     added = 0
     for row in rows:
         key = content_key(row["text"])
         second = row.get("confidence_2")
         values = key, file, row["text"], row["category"], row["confidence"], row.get("category_2") or None, second
+        order = FIRST if ranked else margin(row["confidence"], second)
         done = db.execute(
             "INSERT INTO items "
             "(key, file, text, category, confidence, category_2, confidence_2, decision, margin, wanted) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
-            (*values, row.get("decision") or None, margin(row["confidence"], second), _people(db, key)),
+            (*values, row.get("decision") or None, order, _people(db, key)),
         )
         added += done.rowcount
     return added

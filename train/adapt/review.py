@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -57,7 +58,10 @@ def review(
         raise InputError(f"{tool} reads JSON: write a file whose name ends with .json instead of {out}")
     refuse_same(source, out)
     skipped: Counter[str] = Counter()
-    answered = _classify(source, url, text_column, skipped) if url else _logged(source, text_column, skipped)
+    if url:
+        answered = _classify(source, url, text_column, skipped)
+    else:
+        answered = _logged(track(read_rows(source), "reading"), source, text_column, skipped)
     pool = heapq.nsmallest(POOL * rows, _candidates(answered, skipped))
     if not pool and skipped.keys() == {NO_TEXT}:
         raise InputError(f"{source} has no texts; log with --keep-text, or give a table of texts and --url")
@@ -131,10 +135,24 @@ def _candidates(rows: Iterable[Row], skipped: Counter[str]) -> Iterator[Candidat
         )
 
 
-def _logged(source: Path, text_column: str, skipped: Counter[str]) -> Iterator[Row]:
+def to_label(source: Path) -> Iterator[Row]:
+    """Yield the rows of a table to label that has `COLUMNS`, in its order, with the confidences as numbers.
+
+    Rows without a usable text are left out.
+
+    Raises:
+        InputError: the table cannot be read, lacks a column, or a confidence is not a number.
+    """
+    skipped: Counter[str] = Counter()
+    for row in _logged(read_rows(source), source, "text", skipped):
+        with contextlib.suppress(TextError):
+            yield {**row, "text": prepare(row["text"])}
+
+
+def _logged(rows: Iterable[Row], source: Path, text_column: str, skipped: Counter[str]) -> Iterator[Row]:
     """Yield the answered rows of a log."""
     first = True
-    for number, row in enumerate(track(read_rows(source), "reading"), start=1):
+    for number, row in enumerate(rows, start=1):
         if "words" in row and "category" not in row:  # counts of a traffic log
             continue
         if isinstance(row, FaultyRow):

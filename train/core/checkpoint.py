@@ -59,6 +59,7 @@ class Checkpoint:
     @cached_property
     def fields(self) -> list[str]:
         """The columns that it reads as one text, as in `aisle.preprocess.fields`; none if it reads one column."""
+        _ = self.labels  # which checks that all files are there
         return list(_read_config(self.folder).get("text_fields", []))
 
     def check_fields(self, text_column: str) -> None:
@@ -145,7 +146,7 @@ def _load_model(folder: Path, labels: Sequence[str]) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{folder}/config.json is damaged: {error}") from None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
-from aisle.preprocess.labels import SEPARATOR
+from aisle.preprocess.labels import SEPARATOR, upto
 
 F1 = ("macro", "micro", "weighted")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -44,14 +44,10 @@ def upper_levels(actual: Sequence[str], predicted: Sequence[str]) -> list[dict[s
     return [
         {
             "level": level,
-            **score([_upto(label, level) for label in actual], [_upto(label, level) for label in predicted]),
+            **score([upto(label, level) for label in actual], [upto(label, level) for label in predicted]),
         }
         for level in range(1, depth + 1)
     ]
-
-
-def _upto(label: str, level: int) -> str:
-    return SEPARATOR.join(label.split(SEPARATOR)[:level])
 
 
 def top_k(actual: Sequence[str], ranked: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -26,12 +26,15 @@ from aisle.deploy.desk.store import note
 from aisle.errors import InputError
 from aisle.preprocess.tables.opening import READING, Reading, kind_of_name
 from aisle.preprocess.tables.table import FaultyRow, read_rows
+from aisle.train.adapt.labelling_tools import CORRECTION
+from aisle.train.adapt.review import to_label
 
 LARGEST = 1024  # MiB of an upload
 LONGEST_NAME = 120  # characters
 SHOWN_ROWS, LOOKED_AT = 5, 1000  # rows of the preview; rows whose columns can be chosen
 SHOWN_ERRORS = 100
 MOST_REVIEWED = 5000
+TO_LABEL = {"text", "category", "confidence", CORRECTION}  # columns of a table that `aisle` wrote for people to label
 COMPRESSED = (".gz", ".bz2", ".zst", ".zip")
 # What can be downloaded. The result has the upload's own format if that can be written.
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
@@ -79,6 +82,12 @@ def routes(desk: Desk) -> APIRouter:
         fields = await form(request)
         await run_in_threadpool(_start, desk, request, file, fields)
         return Response(headers={"HX-Redirect": f"/files/{file}"})
+
+    @router.post("/{file}/review")
+    async def review(request: Request, file: int) -> Response:
+        """Put a table to label, such as the suspects of `aisle clean --label-errors`, into the review queue."""
+        await run_in_threadpool(_queue, desk, request, file)
+        return Response(headers={"HX-Redirect": "/review"})
 
     @router.get("/{file}/result")
     def download(file: int) -> Response:
@@ -190,7 +199,8 @@ def _preview(row: dict[str, Any]) -> dict[str, Any]:
     cells = [[_shown(each.get(name)) for name in columns] for each in rows[:SHOWN_ROWS]]
     names = [_shown(name) for name in columns]
     likely = _likely(columns, rows)
-    return {"columns": columns, "names": names, "rows": cells, "likely": likely, "encoding": encoding}
+    given = {"columns": columns, "names": names, "rows": cells, "likely": likely, "encoding": encoding}
+    return {**given, "to_label": not encoding and set(columns) >= TO_LABEL}
 
 
 def _first_rows(row: dict[str, Any], encoding: str) -> list[Any]:
@@ -253,6 +263,25 @@ def _start(desk: Desk, request: Request, file: int, fields: dict[str, list[str]]
         added = desk.jobs.add(db, "classify", [words], desk.person(request), **detail)
         values = added, column, str(out), file
         db.execute("UPDATE files SET job = ?, text_column = ?, output = ? WHERE id = ?", values)
+
+
+def _queue(desk: Desk, request: Request, file: int) -> None:
+    """Put the rows of a table to label into the review queue, in their order and before all others.
+
+    Raises:
+        Problem: it is no such table, or a row cannot be read.
+    """
+    row = _get(desk, file)
+    if not _preview(row).get("to_label"):
+        raise Problem("This is no table to label.")
+    try:
+        rows = list(islice(to_label(Path(row["source"])), MOST_REVIEWED))
+    except InputError as error:
+        raise Problem("{detail}", detail=_own_name(str(error), row)) from None
+    with desk.store.write() as db:
+        queued = queue.add(db, file, rows, ranked=True)
+        db.execute("UPDATE files SET queued = queued + ? WHERE id = ?", (queued, file))
+        note(db, desk.person(request), "queue", file=row["name"], texts=queued)
 
 
 def _column(columns: list[str], number: str) -> str:

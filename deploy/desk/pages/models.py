@@ -41,6 +41,7 @@ EVENTS = {
     "login": "logged in",
     "upload": "uploaded {file}",
     "classify": "classified {file}",
+    "queue": "put {texts} texts of {file} into the review queue",
     "delete": "deleted {file}",
     "stop": "stopped job {job}",
     "undo": "took labels back",

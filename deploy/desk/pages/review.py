@@ -209,15 +209,16 @@ class _Model:
 
 
 def _choices(item: Item, prediction: Prediction | None, used: list[str]) -> list[Choice]:
-    """Return the categories that get a key: the model's, then those that people use most."""
+    """Return the categories that get a key: the model's, those of the text's table, then those that people use most."""
+    shown: dict[str, float | None] = {}
     if prediction:
-        model: dict[str, float | None] = dict(zip(prediction.categories, prediction.confidences, strict=True))
-    else:
-        model = {item.category: item.confidence}
-        if item.category_2:
-            model[item.category_2] = item.confidence_2
-    both = {**model, **{each: None for each in used if each not in model}}
-    return [Choice(category, confidence) for category, confidence in both.items()][:CHOICES]
+        shown = dict(zip(prediction.categories, prediction.confidences, strict=True))
+    shown.setdefault(item.category, item.confidence)
+    if item.category_2:
+        shown.setdefault(item.category_2, item.confidence_2)
+    for each in used:
+        shown.setdefault(each, None)
+    return [Choice(category, confidence) for category, confidence in shown.items()][:CHOICES]
 
 
 def _numbers(fields: Fields) -> tuple[int, list[int]]:
