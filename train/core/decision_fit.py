@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import numpy as np
@@ -28,10 +28,21 @@ STEPS = 20  # thresholds that are tried, at equal steps of coverage
 Flags = npt.NDArray[np.bool_]
 
 
-def fit_decisions(logits: Floats, actual: Ints, labels: Sequence[str], targets: DecisionTargets) -> Decisions:
+def fit_decisions(
+    logits: Floats,
+    actual: Ints,
+    labels: Sequence[str],
+    targets: DecisionTargets,
+    *,
+    alone: Collection[str] = (),
+) -> Decisions:
     """Fit the decisions on texts with these logits [texts, labels] and correct categories, by number, [texts].
 
     With few texts the guarantees stay: no text is accepted or unknown, and a set holds every category.
+
+    Args:
+        alone: labels that share no threshold, such as new ones, of which other labels say nothing. Until they have
+            texts enough for a threshold of their own, none of their texts is accepted.
     """
     probabilities, energy = scores(logits)
     own = probabilities[np.arange(len(actual)), actual]
@@ -46,6 +57,9 @@ def fit_decisions(logits: Floats, actual: Ints, labels: Sequence[str], targets: 
         correct = mass.category_of[actual] == best
         # On an upper level, a category of one label is no surer than this label was.
         allowed = np.bincount(mass.category_of) > (1 if levels else 0)
+        if not levels:
+            few = np.bincount(best[rows], minlength=len(names)) < _group_size(targets.accept_precision)
+            allowed &= ~(few & np.array([name in alone for name in names]))
         rows = rows[allowed[best[rows]]]
         level = _fit_level(names, allowed, best[rows], confidence[rows], correct[rows], targets.accept_precision)
         levels.append(level)

@@ -1,8 +1,8 @@
-"""Run a model in PyTorch: token ids in, logits out."""
+"""Run a model in PyTorch: token ids in, logits or the inputs of the output layer out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.train.core.families import output_layer
 
 
 def logits_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> npt.NDArray[np.float32]:
@@ -19,19 +20,37 @@ def logits_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> 
     Raises:
         InputError: a logit is not finite.
     """
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    batches = [order[i : i + 64] for i in range(0, len(order), 64)]
-    logits = np.empty((len(tokens), model.config.num_labels), np.float32)
-    with torch.inference_mode():
-        for batch in track(batches, description):
-            input_ids, attention_mask = pad([tokens[i] for i in batch])
-            output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-            logits[batch] = output.logits.float().cpu().numpy()
+    logits = _run(model, tokens, description, model.config.num_labels, lambda output: output.logits)
     if not np.isfinite(logits).all():
         raise InputError(
             "the model's logits are not finite: training diverged; train it again with a lower learning rate"
         )
     return logits
+
+
+def features_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> npt.NDArray[np.float32]:
+    """Return the inputs of the output layer, [texts, features] in fp32."""
+    layer, seen = output_layer(model), list[torch.Tensor]()
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        return _run(model, tokens, description, layer.in_features, lambda _: seen.pop())
+    finally:
+        hook.remove()
+
+
+def _run(
+    model: Any, tokens: Sequence[Sequence[int]], description: str, width: int, read: Callable[[Any], torch.Tensor]
+) -> npt.NDArray[np.float32]:
+    """Return [texts, width]: what `read` takes from the model's output. Batches hold texts of similar length."""
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    batches = [order[i : i + 64] for i in range(0, len(order), 64)]
+    values = np.empty((len(tokens), width), np.float32)
+    with torch.inference_mode():
+        for batch in track(batches, description):
+            input_ids, attention_mask = pad([tokens[i] for i in batch])
+            output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+            values[batch] = read(output).float().cpu().numpy()
+    return values
 
 
 def pad(tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

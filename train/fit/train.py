@@ -83,8 +83,12 @@ def train_table(
     targets: DecisionTargets = DecisionTargets(),  # noqa: B008 - it is frozen
     save_every: int | None = None,
     log_dir: Path | None = None,
+    examples: LabelledTexts | None = None,
 ) -> dict[str, Any]:
-    """Train on a cleaned table, as `train` does; `made_from` names its source in training.json."""
+    """Train on a cleaned table, as `train` does; `made_from` names its source in training.json.
+
+    `examples` are rows of the table that its source lacks; the checkpoint keeps them for the next training.
+    """
     start = time.perf_counter()
     parts = split(table)
     if settings.level_weight:
@@ -100,7 +104,7 @@ def train_table(
         if world.is_main:
             calibrate(learnt, targets)
             metrics = {**measure(learnt, parts), **spread, "seconds": round(time.perf_counter() - start, 1)}
-            origin = Origin(settings, made_from, cleaning, world.count)
+            origin = Origin(settings, made_from, cleaning, world.count, examples)
             write_result(learnt, parts, origin, metrics, work / "checkpoint", out)
         return world.broadcast(metrics)
 
@@ -138,6 +142,7 @@ class Origin:
     data: dict[str, Any]
     cleaning: CleaningReport
     processes: int  # that trained together
+    examples: LabelledTexts | None = None  # of added categories, kept in the checkpoint
 
 
 def write_result(
@@ -152,7 +157,16 @@ def write_result(
         "temperature": learnt.temperature,
         "processes": origin.processes,
     }
-    write_checkpoint(folder, learnt.model, learnt.tokenizer, draw(parts), metrics, training, learnt.decisions)
+    write_checkpoint(
+        folder,
+        learnt.model,
+        learnt.tokenizer,
+        draw(parts),
+        metrics,
+        training,
+        learnt.decisions,
+        examples=origin.examples,
+    )
     put_in_place(folder, out)
 
 
