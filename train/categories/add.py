@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ class _Addition:
 
     @property
     def decisions(self) -> Decisions | None:
-        """The decisions on all labels; None if there were none. The new one is never accepted: its texts are too few.
+        """The decisions on all labels; None if there were none. No text is accepted as the new one.
 
         They are fitted on validation texts and examples, with logits of rows that were fitted without them.
         """
@@ -222,9 +223,11 @@ class _Addition:
             ]
         )
         actual = np.append(self.old_actual[rows], np.full(len(self.learnt.features), len(self.labels)))
-        alone = [*self.source.prototypes, self.name]
-        made = fit_decisions(logits, actual, [*self.labels, self.name], before.targets, alone=alone)
-        return carried(before, made, [*(frozenset([i]) for i in range(len(self.labels))), frozenset()])
+        made = fit_decisions(logits, actual, [*self.labels, self.name], before.targets, alone=self.source.prototypes)
+        kept = carried(before, made, [*(frozenset([i]) for i in range(len(self.labels))), frozenset()])
+        # How often the examples come up in traffic is not known, so they show no precision.
+        new = replace(kept.levels[0][-1], threshold=None, share=0.0)
+        return replace(kept, levels=((*kept.levels[0][:-1], new), *kept.levels[1:]))
 
     @property
     def metrics(self) -> dict[str, Any]:

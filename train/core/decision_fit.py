@@ -41,8 +41,8 @@ def fit_decisions(
     With few texts the guarantees stay: no text is accepted or unknown, and a set holds every category.
 
     Args:
-        alone: labels that share no threshold, such as new ones, of which other labels say nothing. Until they have
-            texts enough for a threshold of their own, none of their texts is accepted.
+        alone: labels that share no threshold, such as new ones, of which other labels say nothing. None of their texts
+            is accepted until they have enough for a threshold of their own.
     """
     probabilities, energy = scores(logits)
     own = probabilities[np.arange(len(actual)), actual]
@@ -57,11 +57,9 @@ def fit_decisions(
         correct = mass.category_of[actual] == best
         # On an upper level, a category of one label is no surer than this label was.
         allowed = np.bincount(mass.category_of) > (1 if levels else 0)
-        if not levels:
-            few = np.bincount(best[rows], minlength=len(names)) < _group_size(targets.accept_precision)
-            allowed &= ~(few & np.array([name in alone for name in names]))
         rows = rows[allowed[best[rows]]]
-        level = _fit_level(names, allowed, best[rows], confidence[rows], correct[rows], targets.accept_precision)
+        singles = np.array([not levels and name in alone for name in names])
+        level = _fit_level(names, allowed, singles, best[rows], confidence[rows], correct[rows], targets)
         levels.append(level)
         undecided &= confidence < limits(level)[best]
     return Decisions(targets, len(actual), largest, 0.0 if smallest is None else -smallest, tuple(levels))
@@ -74,18 +72,27 @@ def _quantile(values: Floats, share: float) -> float | None:
 
 
 def _fit_level(
-    names: Sequence[str], allowed: Flags, best: Ints, confidence: Floats, correct: Flags, precision: float
+    names: Sequence[str],
+    allowed: Flags,
+    singles: Flags,
+    best: Ints,
+    confidence: Floats,
+    correct: Flags,
+    targets: DecisionTargets,
 ) -> tuple[Category, ...]:
     """Return the categories of a level with their thresholds.
 
     Args:
         allowed: whether a category may be decided, [categories]. The texts are of such categories.
+        singles: whether a category shares no threshold, [categories].
         best: the most probable category of each text, [texts].
         confidence: its probability, [texts].
         correct: whether it is correct, [texts].
     """
     found = [Category(name, None, 1, 0, 0.0) for name in names]
-    for group in grouped(best, confidence, np.flatnonzero(allowed), _group_size(precision)):
+    precision = targets.accept_precision
+    groups = grouped(best, confidence, np.flatnonzero(allowed & ~singles), _group_size(precision))
+    for group in [*groups, *([number] for number in np.flatnonzero(singles & allowed).tolist())]:
         own = np.isin(best, group)
         limit = _threshold(confidence[own], correct[own], precision)
         for number in group:
