@@ -51,6 +51,7 @@ class Shape:
     thetas: tuple[float, ...] = ()  # of each layer, the base of its rotary positions; empty: no rotary positions
     relative: str = ""  # "bias" (MPNet) or "disentangled" (DeBERTa) relative positions
     buckets: int = 0  # of the disentangled distances
+    reads_below: bool = False  # rows of added categories read the mean hidden state before the last layer
     embeds: bool = False  # the module returns, after the logits, the embedding of each text: what its classifier reads
 
     @property
@@ -98,6 +99,7 @@ class Encoder(nn.Module):
         self.pooler = nn.Linear(shape.hidden, shape.hidden)
         self.head_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
         self.classifier = nn.Linear(shape.hidden, shape.labels)
+        self.added = nn.Linear(shape.hidden, shape.labels, bias=False) if shape.reads_below else None
         for theta in {*shape.thetas}:
             self.register_buffer(_rotary(theta), _inverse_frequencies(theta, shape.width))
 
@@ -122,17 +124,22 @@ class Encoder(nn.Module):
             found[theta] = angles.cos(), angles.sin()
         return found
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        """Return logits [texts, labels] in fp32 of pooled hidden states [texts, hidden]."""
+    def classify(self, pooled: Tensor, below: Tensor | None) -> Tensor:
+        """Return logits [texts, labels] in fp32.
+
+        Args:
+            pooled: the hidden states that the classifier reads, [texts, hidden].
+            below: the mean hidden states before the last layer, [texts, hidden], if `shape.reads_below`.
+        """
         features = ACTIVATIONS[self.shape.head](self.pooler(pooled.float()))
         if self.head_norm is not None:
             features = self.head_norm(features)
         logits: Tensor = self.classifier(features)
-        return logits
+        return logits if self.added is None or below is None else logits + self.added(below)
 
-    def outputs(self, pooled: Tensor) -> Tensor:
+    def outputs(self, pooled: Tensor, below: Tensor | None) -> Tensor:
         """Return logits and, after them, the pooled hidden states: [texts, labels + hidden] in fp32."""
-        return torch.cat([self.classify(pooled), pooled.float()], dim=1)
+        return torch.cat([self.classify(pooled, below), pooled.float()], dim=1)
 
     def last(self, hidden: Tensor) -> Tensor:
         """Apply the LayerNorm after the last layer, in families that have one."""

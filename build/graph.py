@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aisle.build.encoder import Encoder, Layer, Shape, rotate
-from aisle.build.families import family_of
+from aisle.build.families import shape_of_model, weights_of_model
 
 MASKED = -1e9  # added to the attention scores between different texts: after softmax they are exactly 0
 
@@ -34,14 +34,13 @@ class PackedEncoder(Encoder):
         Raises:
             InputError: it is no classifier of a family in `families.FAMILIES`.
         """
-        family = family_of(model)
-        shape = family.shape(model)
+        shape = shape_of_model(model)
         super().__init__(shape, dtype, lambda number: self.attention(shape, number, dtype), Layer)
         if shape.relative == "bias":
             self.register_buffer("distance_bias", torch.empty(shape.heads, 2 * shape.positions - 1))
         if shape.relative == "disentangled":
             self.register_buffer("distance_bucket", torch.empty(2 * shape.positions - 1, dtype=torch.long))
-        weights = family.weights(model)
+        weights = weights_of_model(model)
         self.load(weights | _scaled(weights, shape))
         self.requires_grad_(False)
 
@@ -51,19 +50,23 @@ class PackedEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
-        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.classify(*self.pooled(input_ids, position_ids, segment_ids, cls_index))
 
-    def pooled(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
-        """Return the hidden states [texts, hidden] that the classifier reads."""
+    def pooled(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states [texts, hidden] that the classifier reads, and those of added rows, if any."""
         hidden = self.embed(input_ids, position_ids)  # [rows, width, hidden]
         batch = self.batch(position_ids, segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
+        texts = segment_ids.flatten()
+        below = mean(hidden.flatten(0, 1), texts, cls_index) if self.shape.reads_below else None
         if self.shape.pooling == "mean":
             hidden = self.last(self.layers[-1](hidden, batch))
-            return mean(hidden.flatten(0, 1), segment_ids.flatten(), cls_index)
+            return mean(hidden.flatten(0, 1), texts, cls_index), below
         # The classifier reads only [CLS], so the last layer, except its attention, runs on one token per text.
-        return self.last(self.layers[-1](hidden, batch, cls_index))
+        return self.last(self.layers[-1](hidden, batch, cls_index)), below
 
     def batch(self, position_ids: Tensor, segment_ids: Tensor) -> Batch:
         """Compute once what all layers read."""
@@ -97,7 +100,7 @@ class WithEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return [texts, labels + hidden] in fp32."""
-        return self.encoder.outputs(self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.encoder.outputs(*self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
 
 
 class PackedAttention(nn.Module):

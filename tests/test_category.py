@@ -393,8 +393,9 @@ def test_variants_and_rare_categories_follow_their_category() -> None:
 def test_thresholds_follow_the_labels_that_they_were_fitted_for() -> None:
     labels = ["a > x", "a > y", "b > x", "b > y"]
     actual = np.arange(4000) % 4
-    logits = 3.0 * np.eye(4)[actual] + np.random.default_rng(0).normal(size=(4000, 4))
-    old = fit_decisions(logits, actual, labels, DecisionTargets(0.9))
+    means = 2 * np.eye(4)[actual] + 5 * np.eye(2).repeat(2, axis=1)[actual // 2]
+    logits = means + np.random.default_rng(0).normal(size=(4000, 4))
+    old = fit_decisions(logits, actual, labels, DecisionTargets(0.97))
     assert all(each.threshold is not None for level in old.levels for each in level)
     new = ["c > x", "a > y", "b > x", "b > y"]
     made = carried(old, undecided(old, new), [frozenset([i]) for i in range(4)])
@@ -424,7 +425,7 @@ def test_a_new_row_takes_no_more_than_its_share() -> None:
     correct = others.logits.argmax(axis=1) == actual
     made = new_row(examples, others, correct, 0.001)
     assert (correct & (made.texts >= others.logits.max(axis=1))).sum() <= 2
-    assert (made.row.logits(fresh[20:]) > 8 * fresh[20:, :4].max(axis=1)).mean() > 0.9
+    assert (made.row.logits(fresh[20:]) > 8 * fresh[20:, :4].max(axis=1)).mean() > 0.7
 
 
 def test_a_merged_row_agrees_with_the_sum() -> None:

@@ -18,6 +18,7 @@ from aisle.preprocess.clean import LabelledTexts, clean_rows
 from aisle.preprocess.tables.table import read_labelled
 from aisle.train.categories.names import Changes, changed, labelling_after
 from aisle.train.core import sample
+from aisle.train.core.added import added_weight, set_added
 from aisle.train.core.checkpoint import Checkpoint, write_checkpoint
 from aisle.train.core.decisions import Decisions, Floats, Ints
 from aisle.train.core.families import output_layer
@@ -50,13 +51,13 @@ class Texts(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The weights of an output layer."""
+    """The weights of an output layer and, after them, those of added categories' rows (`core.added`)."""
 
-    weight: Floats  # [labels, features]
+    weight: Floats  # [labels, features + hidden]
     bias: Floats  # [labels]
 
     def logits(self, features: Floats) -> Floats:
-        """Return the logits [texts, labels] of features [texts, features]."""
+        """Return the logits [texts, labels] of what `features` returns."""
         logits: Floats = features @ self.weight.T + self.bias
         return logits
 
@@ -149,12 +150,20 @@ def numbers(labels: Sequence[str], table: LabelledTexts) -> Ints:
 
 def layer_of(source: Checkpoint) -> Layer:
     """Return the weights of the checkpoint's output layer."""
-    layer = output_layer(source.model)
-    return Layer(layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy())
+    layer, added = output_layer(source.model), added_weight(source.model)
+    if added is None:
+        added = torch.zeros(layer.out_features, source.model.config.hidden_size)
+    weight = torch.cat([layer.weight, added], dim=1)
+    return Layer(weight.detach().double().numpy(), layer.bias.detach().double().numpy())
+
+
+def below(source: Checkpoint) -> slice:
+    """Return which of the features added categories read."""
+    return slice(output_layer(source.model).in_features, None)
 
 
 def features(source: Checkpoint, texts: Sequence[str], description: str) -> Floats:
-    """Return what the output layer gets for cleaned texts, [texts, features]."""
+    """Return what the logits of cleaned texts are linear in, [texts, features + hidden]."""
     return features_of(source.model, source.tokenizer.tokens(texts), description).astype(np.float64)
 
 
@@ -211,9 +220,12 @@ def _replace_layer(model: Any, labels: Sequence[str], layer: Layer | None) -> No
         return
     model.num_labels = len(labels)
     last = output_layer(model)
-    last.weight = torch.nn.Parameter(torch.from_numpy(layer.weight).float())
+    weight, added = torch.from_numpy(layer.weight).float().split([last.in_features, model.config.hidden_size], dim=1)
+    last.weight = torch.nn.Parameter(weight.contiguous())
     last.bias = torch.nn.Parameter(torch.from_numpy(layer.bias).float())
     last.out_features = len(labels)
+    if added.any() or added_weight(model) is not None:
+        set_added(model, added.contiguous())
 
 
 def old_metrics(source: Checkpoint, names: Changes) -> dict[str, Any]:

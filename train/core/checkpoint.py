@@ -28,6 +28,7 @@ from aisle.preprocess.clean import LabelledTexts
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
+from aisle.train.core.added import load_added
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
 from aisle.train.core.sample import Sample, read_examples, read_sample, write_examples, write_sample
@@ -171,6 +172,7 @@ def load_classifier(folder: Path, name: Path | str) -> Any:
     except Exception as error:  # safetensors and transformers each raise their own
         raise InputError(f"{name}: the weights cannot be loaded: {error}".splitlines()[0]) from None
     check_complete(name, model, found["missing_keys"])
+    load_added(model, folder)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Run a model in PyTorch: token ids in, logits or the inputs of the output layer out."""
+"""Run a model in PyTorch: token ids in, logits or what they are linear in out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.train.core.added import Below
 from aisle.train.core.families import output_layer
 
 
@@ -29,13 +30,19 @@ def logits_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> 
 
 
 def features_of(model: Any, tokens: Sequence[Sequence[int]], description: str) -> npt.NDArray[np.float32]:
-    """Return the inputs of the output layer, [texts, features] in fp32."""
+    """Return what the logits are linear in, [texts, features + hidden] in fp32.
+
+    These are the inputs of the output layer and, after them, what the rows of added categories read (`core.added`).
+    """
     layer, seen = output_layer(model), list[torch.Tensor]()
+    below = Below(model)
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    width = layer.in_features + model.config.hidden_size
     try:
-        return _run(model, tokens, description, layer.in_features, lambda _: seen.pop())
+        return _run(model, tokens, description, width, lambda _: torch.cat([seen.pop().float(), below.mean()], dim=1))
     finally:
         hook.remove()
+        below.remove()
 
 
 def _run(
