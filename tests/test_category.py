@@ -26,10 +26,11 @@ from aisle.train.categories.add import add
 from aisle.train.categories.change import merge, rename
 from aisle.train.categories.decisions import carried, undecided
 from aisle.train.categories.prototype import Inputs, Row, fit_row, merged_row, new_row
+from aisle.train.categories.source import features, layer_of
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.decision_fit import fit_decisions
 from aisle.train.core.decisions import Decisions, levels_of
-from aisle.train.core.predict import features_of, logits_of
+from aisle.train.core.predict import logits_of
 from aisle.train.core.settings import DecisionTargets
 from aisle.train.core.split import is_held_out, is_validation
 from aisle.train.evaluation.evaluate import evaluate
@@ -131,7 +132,7 @@ def test_held_out_examples_are_not_learnt_from(checkpoint: Path, tmp_path: Path)
     for number, some in enumerate([held_out[:2], held_out[2:6]]):
         out = tmp_path / str(number)
         add(checkpoint, NEW, written(tmp_path / f"{number}.csv", [*learnt, *some]), out)
-        rows.append(Checkpoint(out).model.classifier.weight[-1].detach().numpy())
+        rows.append(layer_of(Checkpoint(out)).weight[-1])
     np.testing.assert_array_equal(*rows)
 
 
@@ -172,7 +173,7 @@ def test_the_training_table_gives_more_texts(checkpoint: Path, examples: Path, s
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copyfile(checkpoint / name, folder / name)
     command = ("category", "add", folder, NEW, "--examples", examples, "-o", tmp_path / "out")
-    refused(aisle(*command), "has no sample of its texts; give a table of labelled texts with --data")
+    refused(aisle(*command), "give a table of labelled texts with --data")
     done = aisle(*command, "--data", sample, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accepted"] is None
@@ -196,7 +197,7 @@ def test_the_next_retraining_learns_the_examples(added: Path, sample: Path, tmp_
     corrections.write_text(f"text,correct_category\n{text},{label}\n", "utf-8")
     lines = sample.read_text("utf-8").splitlines(keepends=True)
     table = tmp_path / "table.csv"
-    table.write_text("".join(lines[:1200]), "utf-8")
+    table.write_text("".join(lines[:500]), "utf-8")
     again = tmp_path / "again"
     shutil.copytree(added, again)
     history = training(again)
@@ -231,7 +232,7 @@ def known_labels(folder: Path, table: Path) -> set[str]:
     assert new.decisions is not None
     assert {label for part in new.sample for label in part.labels} <= labels
     assert set(json.loads((folder / "metrics.json").read_text("utf-8"))["per_class"]) <= labels
-    assert evaluate(folder, table, "text", "category", held_out=True)["unseen_labels"] == []
+    assert evaluate(table, "text", "category", checkpoint=folder, held_out=True)["unseen_labels"] == []
     return labels
 
 
@@ -440,10 +441,10 @@ def test_a_merged_row_agrees_with_the_sum() -> None:
     assert (exact.argmax(axis=1) == made.argmax(axis=1)).mean() > 0.97
 
 
-def test_features_give_the_logits(checkpoint: Path) -> None:
-    source = Checkpoint(checkpoint)
-    tokens = source.tokenizer.tokens(source.sample.held_out.texts[:70])
-    layer = source.model.classifier
-    found = features_of(source.model, tokens, "") @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
-    np.testing.assert_allclose(found, logits_of(source.model, tokens, ""), atol=1e-4)
-    assert features_of(source.model, [], "").shape == (0, layer.in_features)
+def test_logits_are_linear_in_the_features(checkpoint: Path, added: Path) -> None:
+    for folder in (checkpoint, added):
+        source = Checkpoint(folder)
+        texts = source.sample.held_out.texts[:70]
+        expected = logits_of(source.model, source.tokenizer.tokens(texts), "")
+        np.testing.assert_allclose(layer_of(source).logits(features(source, texts, "")), expected, atol=1e-4)
+        assert features(source, [], "").shape == (0, 2 * source.model.config.hidden_size)

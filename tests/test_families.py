@@ -1,5 +1,6 @@
 """Every encoder family is computed without padding as transformers computes it with padding."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from aisle.build.graph import PackedEncoder
 from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.errors import InputError
 from aisle.preprocess.pack import pack
+from aisle.train.core.added import set_added
+from aisle.train.core.checkpoint import load_classifier
 from aisle.train.core.families import SUPPORTED
 from tests.families import FLAT, MODELS, random_model
 
@@ -34,6 +37,15 @@ def padded_logits(model: Any, tokens: Ints, lengths: Ints) -> torch.Tensor:
         return torch.cat([model(input_ids=torch.from_numpy(text)[None]).logits for text in texts])
 
 
+def flat_logits(model: Any, tokens: Ints, lengths: Ints) -> torch.Tensor:
+    module = copy_weights(VarlenEncoder(shape_of(model), 128, torch.float32), model)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    with torch.inference_mode():
+        logits: torch.Tensor = module(*map(torch.from_numpy, (tokens.astype(np.int32), positions, offsets)))
+    return logits
+
+
 def test_all_supported_families_are_compiled() -> None:
     assert FAMILIES.keys() == SUPPORTED.keys() == {kind for kind, _ in MODELS.values()}
 
@@ -50,16 +62,32 @@ def test_packed_rows_are_exact(name: str, longest: int) -> None:
     assert (actual - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_added_categories_are_exact(name: str, tmp_path: Path) -> None:
+    """They read the hidden states before the last layer; they are saved with the weights, and loaded again."""
+    model = random_model(name)
+    plain = padded_logits(model, *texts_of(20))
+    weight = torch.zeros(model.config.num_labels, model.config.hidden_size)
+    weight[-1] = torch.randn(model.config.hidden_size)
+    set_added(model, weight)
+    model.save_pretrained(tmp_path)
+    loaded = load_classifier(tmp_path, name).eval()
+    tokens, lengths = texts_of(20)
+    expected = padded_logits(loaded, tokens, lengths)
+    assert (expected - plain)[:, :-1].abs().max() < 1e-5
+    assert (expected - plain)[:, -1].abs().min() > 1e-3
+    with torch.inference_mode():
+        packed = PackedEncoder(loaded).eval()(*map(torch.from_numpy, pack(tokens, lengths, 64)))
+    assert (packed - expected).abs().max() < 1e-4
+    if name in FLAT:
+        assert (flat_logits(loaded, tokens, lengths) - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_tokens_are_exact(name: str) -> None:
     model = random_model(name)
     tokens, lengths = texts_of(128)
-    module = copy_weights(VarlenEncoder(shape_of(model), 128, torch.float32), model)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
-    with torch.inference_mode():
-        actual = module(*map(torch.from_numpy, (tokens.astype(np.int32), positions, offsets)))
-    assert (actual - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
+    assert (flat_logits(model, tokens, lengths) - padded_logits(model, tokens, lengths)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FLAT])

@@ -34,8 +34,9 @@ class Below:
 
     def mean(self) -> Tensor:
         """Return the mean hidden state of each text of the last batch, [texts, hidden], in fp32."""
-        assert self._mask is not None
         assert self._hidden is not None
+        if self._mask is None:
+            return self._hidden.float().mean(dim=1)
         weights = self._mask[:, :, None].float()
         return (self._hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -44,7 +45,7 @@ class Below:
             hook.remove()
 
     def _keep_mask(self, _: Any, args: Any, named: dict[str, Any]) -> None:
-        self._mask = named["attention_mask"] if "attention_mask" in named else args[1]
+        self._mask = named.get("attention_mask", args[1] if len(args) > 1 else None)
 
     def _keep_hidden(self, _: Any, args: Any, named: dict[str, Any]) -> None:
         self._hidden = args[0] if args else named["hidden_states"]
