@@ -220,12 +220,13 @@ def _replace_layer(model: Any, labels: Sequence[str], layer: Layer | None) -> No
         return
     model.num_labels = len(labels)
     last = output_layer(model)
-    weight, added = torch.from_numpy(layer.weight).float().split([last.in_features, model.config.hidden_size], dim=1)
-    last.weight = torch.nn.Parameter(weight.contiguous())
+    weight = torch.from_numpy(layer.weight).float()
+    weight, added = weight[:, : last.in_features].contiguous(), weight[:, last.in_features :].contiguous()
+    last.weight = torch.nn.Parameter(weight)
     last.bias = torch.nn.Parameter(torch.from_numpy(layer.bias).float())
     last.out_features = len(labels)
     if added.any() or added_weight(model) is not None:
-        set_added(model, added.contiguous())
+        set_added(model, added)
 
 
 def old_metrics(source: Checkpoint, names: Changes) -> dict[str, Any]:

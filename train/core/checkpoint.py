@@ -256,7 +256,8 @@ def write_checkpoint(
     model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "labels.json", [model.config.id2label[i] for i in range(model.config.num_labels)])
-    write_sample(folder, sample)
+    if any(part.texts for part in sample):
+        write_sample(folder, sample)
     if examples and examples.texts:
         write_examples(folder, examples)
     if decisions:
