@@ -40,7 +40,7 @@ from aisle.train.core.split import is_held_out, is_validation
 
 FEWEST = 5  # examples
 FEWEST_LEARNT = 3  # of these, examples that are not held out
-LOST = 0.0015  # share of the old categories' texts that a new one may take when its bias is chosen
+LOST = 0.001  # share of the old categories' texts that a new one may take when its bias is chosen
 ADVICE = "give more or clearer examples, or the training table with --data, or retrain"
 FEW_FOUND = 0.5  # if fewer examples are found, a note says so
 
@@ -58,7 +58,7 @@ def add(
     """Add a category from a few texts: one more row beside those of the output layer, which do not change.
 
     Examples that training would hold out are not learnt from here either. Cross-fitted logits choose the row's bias:
-    as high as the old categories allow, if they may lose 0.15 points of accuracy. Held-out texts then measure the loss.
+    as high as the old categories allow, if they may lose 0.1 points of accuracy. Held-out texts then measure the loss.
 
     Args:
         examples: a table of texts of the new category, five or more.
