@@ -422,9 +422,9 @@ def test_a_new_row_takes_no_more_than_its_share() -> None:
     draw = np.random.default_rng(0)
     actual = draw.integers(0, 4, 2000)
     known = np.eye(6)[actual] + 0.3 * draw.normal(size=(2000, 6))
-    others = Inputs(known, 8 * known[:, :4])
+    others = Inputs(known, 8.0 * known[:, :4])
     fresh = np.eye(6)[[4] * 200] + 0.3 * draw.normal(size=(200, 6))
-    examples = Inputs(fresh[:20], 8 * fresh[:20, :4])
+    examples = Inputs(fresh[:20], 8.0 * fresh[:20, :4])
     correct = others.logits.argmax(axis=1) == actual
     made = new_row(examples, others, correct, 0.001)
     assert (correct & (made.texts >= others.logits.max(axis=1))).sum() <= 2
