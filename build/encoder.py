@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,9 @@ class Shape:
     thetas: tuple[float, ...] = ()  # of each layer, the base of its rotary positions; empty: no rotary positions
     relative: str = ""  # "bias" (MPNet) or "disentangled" (DeBERTa) relative positions
     buckets: int = 0  # of the disentangled distances
-    embedding_pooling: str = (
-        ""  # the embedding is the "first" token's hidden state or the "mean" of all; "": as `pooling`
-    )
+    # The embedding is the "first" token's hidden state or the "mean" of all; "" means as `pooling`.
+    embedding_pooling: str = ""
+    reads_below: bool = False  # rows of added categories read the mean hidden state before the last layer
     embeds: bool = False  # the module returns, after the logits, the embedding of each text
 
     @property
@@ -75,6 +75,14 @@ class Shape:
         # JSON has lists only.
         object.__setattr__(self, "windows", tuple(self.windows))
         object.__setattr__(self, "thetas", tuple(self.thetas))
+
+
+class Pooled(NamedTuple):
+    """What is read of the hidden states, each [texts, hidden]."""
+
+    read: Tensor  # by the classifier
+    embedding: Tensor
+    below: Tensor | None  # the means before the last layer, if `Shape.reads_below`
 
 
 class Encoder(nn.Module):
@@ -106,6 +114,7 @@ class Encoder(nn.Module):
         self.pooler = nn.Linear(shape.hidden, shape.hidden)
         self.head_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
         self.classifier = nn.Linear(shape.hidden, shape.labels)
+        self.added = nn.Linear(shape.hidden, shape.labels, bias=False) if shape.reads_below else None
         for theta in {*shape.thetas}:
             self.register_buffer(_rotary(theta), _inverse_frequencies(theta, shape.width))
 
@@ -130,22 +139,22 @@ class Encoder(nn.Module):
             found[theta] = angles.cos(), angles.sin()
         return found
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        """Return logits [texts, labels] in fp32 of pooled hidden states [texts, hidden]."""
-        features = ACTIVATIONS[self.shape.head](self.pooler(pooled.float()))
+    def classify(self, pooled: Pooled) -> Tensor:
+        """Return logits [texts, labels] in fp32."""
+        features = ACTIVATIONS[self.shape.head](self.pooler(pooled.read.float()))
         if self.head_norm is not None:
             features = self.head_norm(features)
         logits: Tensor = self.classifier(features)
-        return logits
+        return logits if self.added is None or pooled.below is None else logits + self.added(pooled.below)
 
-    def choose(self, first: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the classifier reads and the embeddings, of the first hidden states and the means."""
+    def choose(self, first: Tensor, average: Tensor, below: Tensor | None) -> Pooled:
+        """Return what is read of the last hidden states, given those of the first tokens and the means."""
         of = {"first": first, "mean": average}
-        return of[self.shape.pooling], of[self.shape.embedding_pooling or self.shape.pooling]
+        return Pooled(of[self.shape.pooling], of[self.shape.embedding_pooling or self.shape.pooling], below)
 
-    def outputs(self, read: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the logits of what the classifier reads, and the embeddings: [texts, labels + hidden] in fp32."""
-        return torch.cat([self.classify(read), embeddings.float()], dim=1)
+    def outputs(self, pooled: Pooled) -> Tensor:
+        """Return logits and, after them, the embeddings: [texts, labels + hidden] in fp32."""
+        return torch.cat([self.classify(pooled), pooled.embedding.float()], dim=1)
 
     def last(self, hidden: Tensor) -> Tensor:
         """Apply the LayerNorm after the last layer, in families that have one."""

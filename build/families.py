@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aisle.build.encoder import ACTIVATIONS, Shape
 from aisle.errors import InputError
+from aisle.train.core.added import added_weight
 from aisle.train.core.families import SUPPORTED, classifier_pooling, embedding_pooling, first_position, token_limit
 
 Weights = dict[str, Tensor]  # by the names of the parameters in `encoder.Encoder`
@@ -301,6 +302,21 @@ def family_of(model: Any) -> Bert:
     for activation in {shape.activation, shape.head} - {*ACTIVATIONS}:
         raise InputError(f"cannot compile the activation {activation!r}, only {', '.join(ACTIVATIONS)}")
     return family
+
+
+def shape_of_model(model: Any) -> Shape:
+    """Return the sizes of a classifier of transformers, which may have rows of added categories.
+
+    Raises:
+        InputError: as `family_of`.
+    """
+    return replace(family_of(model).shape(model), reads_below=added_weight(model) is not None)
+
+
+def weights_of_model(model: Any) -> Weights:
+    """Return the weights of a classifier of transformers; queries are not scaled yet."""
+    added = added_weight(model)
+    return family_of(model).weights(model) | ({} if added is None else {"added.weight": added})
 
 
 def distances(positions: int) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aisle.build.encoder import Encoder, Layer, Shape, rotate
-from aisle.build.families import family_of
+from aisle.build.encoder import Encoder, Layer, Pooled, Shape, rotate
+from aisle.build.families import shape_of_model, weights_of_model
 
 MASKED = -1e9  # added to the attention scores between different texts: after softmax they are exactly 0
 
@@ -34,14 +34,13 @@ class PackedEncoder(Encoder):
         Raises:
             InputError: it is no classifier of a family in `families.FAMILIES`.
         """
-        family = family_of(model)
-        shape = family.shape(model)
+        shape = shape_of_model(model)
         super().__init__(shape, dtype, lambda number: self.attention(shape, number, dtype), Layer)
         if shape.relative == "bias":
             self.register_buffer("distance_bias", torch.empty(shape.heads, 2 * shape.positions - 1))
         if shape.relative == "disentangled":
             self.register_buffer("distance_bucket", torch.empty(2 * shape.positions - 1, dtype=torch.long))
-        weights = family.weights(model)
+        weights = weights_of_model(model)
         self.load(weights | _scaled(weights, shape))
         self.requires_grad_(False)
 
@@ -51,22 +50,22 @@ class PackedEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return logits [texts, labels] in fp32; the arguments are those of `preprocess.pack.Packed`."""
-        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index)[0])
+        return self.classify(self.pooled(input_ids, position_ids, segment_ids, cls_index))
 
-    def pooled(
-        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the hidden states that the classifier reads, and the embeddings, each [texts, hidden]."""
+    def pooled(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Pooled:
+        """Return what is read of the hidden states."""
         hidden = self.embed(input_ids, position_ids)  # [rows, width, hidden]
         batch = self.batch(position_ids, segment_ids)
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
+        texts = segment_ids.flatten()
+        below = mean(hidden.flatten(0, 1), texts, cls_index) if self.shape.reads_below else None
         if self.shape.averages:
             hidden = self.last(self.layers[-1](hidden, batch)).flatten(0, 1)
-            return self.choose(hidden[cls_index], mean(hidden, segment_ids.flatten(), cls_index))
+            return self.choose(hidden[cls_index], mean(hidden, texts, cls_index), below)
         # Only [CLS] is read, so the last layer, except its attention, runs on one token per text.
         first = self.last(self.layers[-1](hidden, batch, cls_index))
-        return first, first
+        return Pooled(first, first, below)
 
     def batch(self, position_ids: Tensor, segment_ids: Tensor) -> Batch:
         """Compute once what all layers read."""
@@ -100,7 +99,7 @@ class WithEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, cls_index: Tensor) -> Tensor:
         """Return [texts, labels + hidden] in fp32."""
-        return self.encoder.outputs(*self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
+        return self.encoder.outputs(self.encoder.pooled(input_ids, position_ids, segment_ids, cls_index))
 
 
 class PackedAttention(nn.Module):

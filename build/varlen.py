@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aisle.build.encoder import Encoder, Layer, Shape, rotate
-from aisle.build.families import family_of
+from aisle.build.encoder import Encoder, Layer, Pooled, Shape, rotate
+from aisle.build.families import shape_of_model, weights_of_model
 from aisle.build.graph import mean
 from aisle.errors import InputError
 
@@ -25,7 +25,7 @@ def shape_of(model: Any) -> Shape:
     Raises:
         InputError: its family is not supported, or FlashAttention cannot run it.
     """
-    shape = family_of(model).shape(model)
+    shape = shape_of_model(model)
     if shape.relative:
         raise InputError(
             f"target cuda cannot run a {model.config.model_type!r} model: FlashAttention has no relative positions; "
@@ -75,13 +75,15 @@ class VarlenEncoder(Encoder):
         for layer in self.layers[:-1]:
             hidden = layer(hidden, batch)
         first = offsets[:-1].clamp(max=input_ids.shape[0] - 1)
+        below = mean(hidden, text_of(offsets, len(hidden)), first) if self.shape.reads_below else None
         if self.shape.averages:
             hidden = self.last(self.layers[-1](hidden, batch))
-            read, embeddings = self.choose(hidden[first], mean(hidden, text_of(offsets, len(hidden)), first))
+            pooled = self.choose(hidden[first], mean(hidden, text_of(offsets, len(hidden)), first), below)
         else:
             # Only [CLS] is read, so the last layer, except its attention, runs on one token per text.
-            read = embeddings = self.last(self.layers[-1](hidden, batch, first))
-        return self.outputs(read, embeddings) if self.shape.embeds else self.classify(read)
+            read = self.last(self.layers[-1](hidden, batch, first))
+            pooled = Pooled(read, read, below)
+        return self.outputs(pooled) if self.shape.embeds else self.classify(pooled)
 
 
 class VarlenAttention(nn.Module):
@@ -154,7 +156,7 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 def copy_weights(module: VarlenEncoder, model: Any) -> VarlenEncoder:
     """Copy the weights of a classifier of transformers into a module of the same shape."""
-    module.load(family_of(model).weights(model))
+    module.load(weights_of_model(model))
     return module.eval()
 
 

@@ -443,7 +443,8 @@ def test_every_command_is_in_a_panel() -> None:
 def test_every_flag_has_its_opposite() -> None:
     import typer
 
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    for name, command in {**commands, **commands["category"].commands}.items():
         for param in command.params:
             if getattr(param, "is_bool_flag", False) and param.name != "as_json":
                 assert param.secondary_opts, f"{name} {param.opts}"

@@ -1,6 +1,7 @@
 """Every encoder family is computed without padding as transformers computes it with padding."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from aisle.build.graph import PackedEncoder, WithEmbeddings
 from aisle.build.varlen import VarlenEncoder, copy_weights, shape_of
 from aisle.errors import InputError
 from aisle.preprocess.pack import pack
+from aisle.train.core.added import set_added
+from aisle.train.core.checkpoint import load_classifier
 from aisle.train.core.families import SUPPORTED
 from aisle.train.core.predict import embeddings_of
 from tests.families import FLAT, MODELS, random_model
@@ -51,6 +54,28 @@ def test_packed_rows_are_exact(name: str, longest: int) -> None:
     expected = padded_logits(model, tokens, lengths)
     assert expected.std() > 0.1
     assert (actual - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_added_categories_are_exact(name: str, tmp_path: Path) -> None:
+    """They read the hidden states before the last layer; they are saved with the weights, and loaded again."""
+    model = random_model(name)
+    plain = padded_logits(model, *texts_of(20))
+    weight = torch.zeros(model.config.num_labels, model.config.hidden_size)
+    weight[-1] = torch.randn(model.config.hidden_size)
+    set_added(model, weight)
+    model.save_pretrained(tmp_path)
+    loaded = load_classifier(tmp_path, name).eval()
+    tokens, lengths = texts_of(20)
+    expected = padded_logits(loaded, tokens, lengths)
+    assert (expected - plain)[:, :-1].abs().max() < 1e-5
+    assert (expected - plain)[:, -1].abs().min() > 1e-3
+    with torch.inference_mode():
+        packed = PackedEncoder(loaded).eval()(*map(torch.from_numpy, pack(tokens, lengths, 64)))
+    assert (packed - expected).abs().max() < 1e-4
+    if name in FLAT:
+        module = copy_weights(VarlenEncoder(shape_of(loaded), 128, torch.float32), loaded)
+        assert (flat(module, tokens, lengths) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -8,14 +8,36 @@ import typer
 from typer.core import TyperGroup
 
 import aisle
-from aisle.commands import adapt, compress, data, engine, experiments, learn, load, measure, rollout, serving
+from aisle.commands import (
+    adapt,
+    categories,
+    compress,
+    data,
+    engine,
+    experiments,
+    learn,
+    load,
+    measure,
+    rollout,
+    serving,
+)
 from aisle.commands.command import simplify_help
 
-STAGES = (data, learn, experiments, compress, measure, engine, serving, rollout, load, adapt)
+STAGES = (data, learn, experiments, compress, measure, engine, serving, rollout, load, adapt, categories)
 # The groups of commands in the help. The first group has the commands that everyone needs, in order of use.
 PANELS = {
     "From a table to categories": ("demo", "clean", "train", "evaluate", "build", "serve", "classify", "deploy"),
-    "Models in production": ("desk", "desk-user", "rest", "rollback", "drift", "review", "retrain", "decide"),
+    "Models in production": (
+        "desk",
+        "desk-user",
+        "rest",
+        "rollback",
+        "drift",
+        "review",
+        "retrain",
+        "decide",
+        "category",
+    ),
     "Search by meaning": ("embed", "index", "similar"),
     "Better and smaller models": ("pretrain", "search", "distil", "prune"),
     "Explain and compare": ("explain", "compare", "frontier", "ablate", "stages"),

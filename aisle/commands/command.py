@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from aisle.console import detect_closed_output
 from aisle.errors import InputError, Stopped
@@ -60,6 +60,13 @@ class Command(TyperCommand):
                 return super().invoke(ctx)
         except KeyboardInterrupt:  # before typer handles it
             raise Stopped("stopped") from None
+
+
+class Group(TyperGroup):
+    """Commands below one name, such as `aisle category add`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return simplify_help(super().get_params(ctx))
 
 
 class Stage(typer.Typer):

@@ -22,6 +22,7 @@ from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
 from aisle.train.core.resume import check_replaceable
+from aisle.train.core.sample import EXAMPLES
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import is_held_out, is_learnt, is_validation, split
 from aisle.train.fit.train import groups_in, train_table
@@ -89,6 +90,8 @@ def retrain(
         new_categories: accept categories that are in neither the checkpoint nor the table; otherwise an unknown
             category is treated as a typo.
 
+    The examples of categories that `aisle category add` added are trained too, so the table may lack them.
+
     Returns:
         The scores of the old and the new checkpoint on the held-out fifth, on the corrections used for training and on
         the held-out corrections; for each category, how many corrections the new one gets right; `changes`, some texts
@@ -102,12 +105,13 @@ def retrain(
     if out.resolve() == checkpoint.resolve():
         raise InputError(f"{out} is the old checkpoint; choose another folder, so that both can be compared")
     check_replaceable(out, "training.json", overwrite)
-    labels = Checkpoint(checkpoint).labels
+    old = Checkpoint(checkpoint)
+    labels, examples = old.labels, old.examples
     settings, columns, labelling = _read_training(checkpoint)
     text_column, label_column = text_column or columns[0], label_column or columns[1]
-    Checkpoint(checkpoint).check_fields(text_column)
-    filled = read_corrections(corrections)
-    rows = filled.apply(read_labelled(data, text_column, label_column))
+    old.check_fields(text_column)
+    filled = read_corrections(corrections, labelling)
+    rows = filled.apply(_as_corrections(examples).apply(read_labelled(data, text_column, label_column)))
     table, cleaning = clean_rows(rows, labelling, learnable=is_learnt)
     if not new_categories:
         _check_known(filled, labels)
@@ -117,12 +121,14 @@ def retrain(
         "sha256": fingerprint(data),
         "columns": [text_column, label_column],
         "corrections": [{"file": path.name, "sha256": fingerprint(path)} for path in corrections],
-        "checkpoint_sha256": Checkpoint(checkpoint).fingerprint,
+        "checkpoint_sha256": old.fingerprint,
         **labelling.metadata(),
     }
+    if examples.texts:
+        made_from["examples"] = _take_over(examples, table, checkpoint)
     settings = replace(settings, model=str(checkpoint), folds=0, epochs=epochs or settings.epochs)
     groups = groups_in(data, text_column, label_column, settings)
-    metrics = train_table(table, cleaning, made_from, out, settings, groups, targets=Checkpoint(checkpoint).targets)
+    metrics = train_table(table, cleaning, made_from, out, settings, groups, targets=old.targets, examples=examples)
     return {
         "checkpoint": str(out),
         "made_of": str(checkpoint),
@@ -131,6 +137,21 @@ def retrain(
         **_compare_checkpoints(checkpoint, out, split(table).held_out, filled, settings.epochs),
         "seconds": metrics["seconds"],
     }
+
+
+def _as_corrections(examples: LabelledTexts) -> Corrections:
+    """Return the examples of added categories as corrections: a copy in the table gets their category."""
+    rows = zip(examples.texts, examples.labels, strict=True)
+    return Corrections({content_key(text): Correction(text, label) for text, label in rows}, blank=0)
+
+
+def _take_over(examples: LabelledTexts, table: LabelledTexts, checkpoint: Path) -> dict[str, Any]:
+    """Say which added categories are trained now; return the entry of training.json."""
+    added, left = Counter(examples.labels), set(table.labels)
+    say(f"{len(examples.texts)} examples of added categories are trained: {', '.join(sorted(added))}")
+    if missing := sorted(added.keys() - left):
+        say(f"{', '.join(map(repr, missing))}: too few rows for --min-rows of the first training; left out or joined")
+    return {"rows": dict(added), "sha256": fingerprint(checkpoint / EXAMPLES)}
 
 
 def _count_corrections(filled: Corrections, labels: Sequence[str]) -> dict[str, Any]:
@@ -172,8 +193,11 @@ def _compare_checkpoints(
     }
 
 
-def read_corrections(paths: Sequence[Path]) -> Corrections:
-    """Read the corrections that people filled in.
+def read_corrections(paths: Sequence[Path], labelling: Labelling = Labelling()) -> Corrections:  # noqa: B008 - frozen
+    """Read the corrections that people filled in. They may have names from before a category was renamed or merged.
+
+    Args:
+        labelling: which labels have another name now.
 
     Raises:
         InputError: a table cannot be read, nothing is filled in, a text cannot be used, or a table corrects equal
@@ -203,6 +227,7 @@ def read_corrections(paths: Sequence[Path]) -> Corrections:
                 continue
             try:
                 text, label = prepare(as_text(row["text"])), prepare_label(correction)
+                label = labelling.renamed.get(label, label)
             except TextError as error:
                 raise InputError(f"{path}, row {number}: {error}") from None
             before = here.setdefault(content_key(text), (number, Correction(text, label)))

@@ -4,6 +4,7 @@ config.json  model.safetensors      weights, as transformers saves them
 tokenizer.json                      the fast tokenizer
 labels.json                         the categories, in the order of the logits
 sample.jsonl                        some cleaned texts of each part, to calibrate and check engines
+examples.jsonl                      the texts of added categories; only if categories were added
 decisions.json                      the thresholds of decisions; not in checkpoints of Aisle 0.1
 metrics.json                        the scores on the held-out part
 training.json                       how it was made: settings, cleaning report, fingerprints of data and code
@@ -23,13 +24,15 @@ from tokenizers import Tokenizer
 import aisle
 from aisle.errors import InputError
 from aisle.files import write_json
+from aisle.preprocess.clean import LabelledTexts
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
+from aisle.train.core.added import load_added
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
-from aisle.train.core.sample import Sample, read_sample, write_sample
+from aisle.train.core.sample import Sample, read_examples, read_sample, write_examples, write_sample
 from aisle.train.core.settings import DecisionTargets
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "labels.json")
@@ -54,7 +57,17 @@ class Checkpoint:
     @cached_property
     def labelling(self) -> Labelling:
         """How training changed the labels of its table. Another table with such labels needs the same changes."""
-        return _read_labelling(self.folder)
+        return _read_labelling(self.folder, self.training)
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """How it was made (training.json); empty if Aisle did not train it."""
+        return _read_training(self.folder)
+
+    @cached_property
+    def prototypes(self) -> list[str]:
+        """The categories that were added without training. They have too few texts to share a threshold."""
+        return [str(name) for name in self.training.get("prototypes", [])]
 
     @cached_property
     def fields(self) -> list[str]:
@@ -87,6 +100,11 @@ class Checkpoint:
         return read_sample(self.folder)
 
     @cached_property
+    def examples(self) -> LabelledTexts:
+        """The texts of added categories, cleaned. The training table may lack them."""
+        return read_examples(self.folder)
+
+    @cached_property
     def decisions(self) -> Decisions | None:
         """The decisions of the checkpoint; None if they were never fitted."""
         return Decisions.load(self.folder, self.labels)
@@ -115,13 +133,22 @@ def _read_labels(folder: Path) -> list[str]:
     return labels
 
 
-def _read_labelling(folder: Path) -> Labelling:
+def _read_training(folder: Path) -> dict[str, Any]:
     try:
         training = json.loads((folder / "training.json").read_text("utf-8"))
-        return Labelling(**training.get("data", {}).get("labelling", {}))
     except OSError:
-        return Labelling()  # a checkpoint that Aisle did not train has no training.json
-    except (ValueError, TypeError, AttributeError) as error:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{folder}/training.json is damaged: {error}") from None
+    if not isinstance(training, dict):
+        raise InputError(f"{folder}/training.json is damaged: it holds no object")
+    return training
+
+
+def _read_labelling(folder: Path, training: dict[str, Any]) -> Labelling:
+    try:
+        return Labelling(**training.get("data", {}).get("labelling", {}))
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{folder}/training.json is damaged: {error}") from None
 
 
@@ -166,6 +193,7 @@ def load_classifier(folder: Path, name: Path | str) -> Any:
     except Exception as error:  # safetensors and transformers each raise their own
         raise InputError(f"{name}: the weights cannot be loaded: {error}".splitlines()[0]) from None
     check_complete(name, model, found["missing_keys"])
+    load_added(model, folder)
     return model
 
 
@@ -235,6 +263,7 @@ def write_checkpoint(
     metrics: dict[str, Any],
     training: dict[str, Any],
     decisions: Decisions | None,
+    examples: LabelledTexts | None = None,
 ) -> None:
     """Write all files of a checkpoint; `training` goes into training.json.
 
@@ -248,7 +277,10 @@ def write_checkpoint(
     model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "labels.json", [model.config.id2label[i] for i in range(model.config.num_labels)])
-    write_sample(folder, sample)
+    if any(part.texts for part in sample):
+        write_sample(folder, sample)
+    if examples and examples.texts:
+        write_examples(folder, examples)
     if decisions:
         decisions.save(folder)
     write_json(folder / "metrics.json", metrics)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import numpy as np
@@ -28,10 +28,21 @@ STEPS = 20  # thresholds that are tried, at equal steps of coverage
 Flags = npt.NDArray[np.bool_]
 
 
-def fit_decisions(logits: Floats, actual: Ints, labels: Sequence[str], targets: DecisionTargets) -> Decisions:
+def fit_decisions(
+    logits: Floats,
+    actual: Ints,
+    labels: Sequence[str],
+    targets: DecisionTargets,
+    *,
+    alone: Collection[str] = (),
+) -> Decisions:
     """Fit the decisions on texts with these logits [texts, labels] and correct categories, by number, [texts].
 
     With few texts the guarantees stay: no text is accepted or unknown, and a set holds every category.
+
+    Args:
+        alone: labels that share no threshold, such as new ones, of which other labels say nothing. None of their texts
+            is accepted until they have enough for a threshold of their own.
     """
     probabilities, energy = scores(logits)
     own = probabilities[np.arange(len(actual)), actual]
@@ -47,7 +58,8 @@ def fit_decisions(logits: Floats, actual: Ints, labels: Sequence[str], targets: 
         # On an upper level, a category of one label is no surer than this label was.
         allowed = np.bincount(mass.category_of) > (1 if levels else 0)
         rows = rows[allowed[best[rows]]]
-        level = _fit_level(names, allowed, best[rows], confidence[rows], correct[rows], targets.accept_precision)
+        singles = np.array([not levels and name in alone for name in names])
+        level = _fit_level(names, allowed, singles, best[rows], confidence[rows], correct[rows], targets)
         levels.append(level)
         undecided &= confidence < limits(level)[best]
     return Decisions(targets, len(actual), largest, 0.0 if smallest is None else -smallest, tuple(levels))
@@ -60,18 +72,27 @@ def _quantile(values: Floats, share: float) -> float | None:
 
 
 def _fit_level(
-    names: Sequence[str], allowed: Flags, best: Ints, confidence: Floats, correct: Flags, precision: float
+    names: Sequence[str],
+    allowed: Flags,
+    singles: Flags,
+    best: Ints,
+    confidence: Floats,
+    correct: Flags,
+    targets: DecisionTargets,
 ) -> tuple[Category, ...]:
     """Return the categories of a level with their thresholds.
 
     Args:
         allowed: whether a category may be decided, [categories]. The texts are of such categories.
+        singles: whether a category shares no threshold, [categories].
         best: the most probable category of each text, [texts].
         confidence: its probability, [texts].
         correct: whether it is correct, [texts].
     """
     found = [Category(name, None, 1, 0, 0.0) for name in names]
-    for group in grouped(best, confidence, np.flatnonzero(allowed), _group_size(precision)):
+    precision = targets.accept_precision
+    groups = grouped(best, confidence, np.flatnonzero(allowed & ~singles), _group_size(precision))
+    for group in [*groups, *([number] for number in np.flatnonzero(singles & allowed).tolist())]:
         own = np.isin(best, group)
         limit = _threshold(confidence[own], correct[own], precision)
         for number in group:

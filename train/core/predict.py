@@ -1,4 +1,4 @@
-"""Run a model in PyTorch: token ids in, logits or embeddings out."""
+"""Run a model in PyTorch: token ids in; logits, embeddings, or what the logits are linear in out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aisle.console import track
 from aisle.errors import InputError
-from aisle.train.core.families import embedding_pooling
+from aisle.train.core.added import Below
+from aisle.train.core.families import embedding_pooling, output_layer
 
 Tokens = Sequence[Sequence[int]]
 
@@ -45,8 +46,26 @@ def embeddings_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[n
     return found
 
 
+def features_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
+    """Return what the logits are linear in, [texts, features + hidden] in fp32.
+
+    These are the inputs of the output layer and, after them, what the rows of added categories read (`core.added`).
+    """
+    layer, seen = output_layer(model), list[Tensor]()
+    below = Below(model)
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = np.empty((len(tokens), layer.in_features + model.config.hidden_size), np.float32)
+    try:
+        for batch, _, _ in _run(model, tokens, description):
+            found[batch] = torch.cat([seen.pop().float(), below.mean()], dim=1).cpu().numpy()
+    finally:
+        hook.remove()
+        below.remove()
+    return found
+
+
 def _run(model: Any, tokens: Tokens, description: str) -> Iterator[tuple[list[int], Any, Tensor]]:
-    """Yield the rows, the output and the attention mask of each batch."""
+    """Yield the rows, the output and the attention mask of each batch, of texts of similar length."""
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     batches = [order[i : i + 64] for i in range(0, len(order), 64)]
     with torch.inference_mode():

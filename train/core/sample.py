@@ -16,6 +16,7 @@ from aisle.preprocess.tables.table import read_labelled
 from aisle.train.core.split import Split, is_learnt, split
 
 FILE = "sample.jsonl"
+EXAMPLES = "examples.jsonl"
 TEXTS = {"train": 512, "validation": 512, "held_out": 2048}
 LEAST = 32  # texts for calibration or a check; with fewer, ranges and shares are meaningless
 
@@ -40,6 +41,32 @@ def write_sample(folder: Path, sample: Sample) -> None:
         for part, table in zip(Sample._fields, sample, strict=True):
             for text, label in zip(table.texts, table.labels, strict=True):
                 file.write(json.dumps({"part": part, "text": text, "category": label}, ensure_ascii=False) + "\n")
+
+
+def write_examples(folder: Path, examples: LabelledTexts) -> None:
+    """Write examples.jsonl into a checkpoint: the texts of added categories, which the training table may lack."""
+    with (folder / EXAMPLES).open("w", encoding="utf-8") as file:
+        for text, label in zip(examples.texts, examples.labels, strict=True):
+            file.write(json.dumps({"text": text, "category": label}, ensure_ascii=False) + "\n")
+
+
+def read_examples(checkpoint: Path) -> LabelledTexts:
+    """Read a checkpoint's examples.jsonl; no text if it has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    examples = LabelledTexts([], [])
+    try:
+        for line in (checkpoint / EXAMPLES).open(encoding="utf-8"):
+            row = json.loads(line)
+            examples.texts.append(str(row["text"]))
+            examples.labels.append(str(row["category"]))
+    except FileNotFoundError:
+        return examples
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}/{EXAMPLES} is damaged: {error}") from None
+    return examples
 
 
 def read_sample(checkpoint: Path) -> Sample:

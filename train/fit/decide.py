@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,23 @@ def decide(
         raise InputError(
             f"{data or checkpoint.folder}: no text is left to fit decisions on; give a table with more rows"
         )
-    return fit_on_texts(checkpoint.model, checkpoint.tokenizer, checkpoint.labels, table, targets)
+    model, tokenizer, labels = checkpoint.model, checkpoint.tokenizer, checkpoint.labels
+    return fit_on_texts(model, tokenizer, labels, table, targets, alone=checkpoint.prototypes)
 
 
 def fit_on_texts(
-    model: Any, tokenizer: TextTokenizer, labels: list[str], table: LabelledTexts, targets: DecisionTargets
+    model: Any,
+    tokenizer: TextTokenizer,
+    labels: list[str],
+    table: LabelledTexts,
+    targets: DecisionTargets,
+    *,
+    alone: Collection[str] = (),
 ) -> Decisions:
-    """Return decisions fitted on cleaned texts, whose categories the model knows."""
+    """Return decisions fitted on cleaned texts, whose categories the model knows; `alone` as in `fit_decisions`."""
     number = {label: i for i, label in enumerate(labels)}
     logits = logits_of(model, tokenizer.tokens(table.texts), "fitting decisions")
-    return fit_decisions(logits, np.array([number[label] for label in table.labels]), labels, targets)
+    return fit_decisions(logits, np.array([number[label] for label in table.labels]), labels, targets, alone=alone)
 
 
 def _labelled(

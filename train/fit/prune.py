@@ -60,13 +60,15 @@ def prune(
             "rows": {"held_out": len(texts)},
             "agreement": float((before.argmax(axis=1) == after.argmax(axis=1)).mean()),
         }
-        training = checkpoint / "training.json"
-        history = json.loads(training.read_text("utf-8")) if training.is_file() else {}
-        history["pruning"] = {**config, **sizes}
+        history = {**source.training, "pruning": {**config, **sizes}}
         decisions = source.decisions
         if decisions and pieces != _pieces(pruned, sample.validation.texts):  # then their logits have changed too
-            decisions = fit_on_texts(model, pruned, labels, sample.validation, decisions.targets)
-        write_checkpoint(work / "checkpoint", model, pruned, sample, metrics, history, decisions)
+            decisions = fit_on_texts(
+                model, pruned, labels, sample.validation, decisions.targets, alone=source.prototypes
+            )
+        write_checkpoint(
+            work / "checkpoint", model, pruned, sample, metrics, history, decisions, examples=source.examples
+        )
         weights = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, work / "checkpoint")]
         put_in_place(work / "checkpoint", out)
     return {**sizes, "bytes": dict(zip(("before", "after"), weights, strict=True)), **metrics}

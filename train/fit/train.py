@@ -101,12 +101,14 @@ def train_table(
     targets: DecisionTargets = DecisionTargets(),  # noqa: B008 - it is frozen
     save_every: int | None = None,
     log_dir: Path | None = None,
+    examples: LabelledTexts | None = None,
 ) -> dict[str, Any]:
     """Train on a cleaned table, as `train` does.
 
     Args:
         made_from: names the table's source in training.json.
         groups: of the texts, by content key, for `settings.contrastive`.
+        examples: rows of the table that its source lacks; the checkpoint keeps them for the next training.
     """
     start = time.perf_counter()
     parts = split(table)._replace(groups=groups)
@@ -128,7 +130,7 @@ def train_table(
             if settings.contrastive:
                 metrics |= measure_search(learnt.model, learnt.tokenizer, parts)
             metrics["seconds"] = round(time.perf_counter() - start, 1)
-            origin = Origin(settings, made_from, cleaning, world.count)
+            origin = Origin(settings, made_from, cleaning, world.count, examples)
             write_result(learnt, parts, origin, metrics, work / "checkpoint", out)
         return world.broadcast(metrics)
 
@@ -172,6 +174,7 @@ class Origin:
     data: dict[str, Any]
     cleaning: CleaningReport
     processes: int  # that trained together
+    examples: LabelledTexts | None = None  # of added categories, kept in the checkpoint
 
 
 def write_result(
@@ -189,7 +192,16 @@ def write_result(
     names, config = columns_of(origin.data["columns"][0]), learnt.model.config
     if len(names) > 1 or getattr(config, "text_fields", None):
         config.text_fields = names if len(names) > 1 else []
-    write_checkpoint(folder, learnt.model, learnt.tokenizer, draw(parts), metrics, training, learnt.decisions)
+    write_checkpoint(
+        folder,
+        learnt.model,
+        learnt.tokenizer,
+        draw(parts),
+        metrics,
+        training,
+        learnt.decisions,
+        examples=origin.examples,
+    )
     put_in_place(folder, out)
 
 

@@ -1,0 +1,1 @@
+"""Adding, merging, renaming and moving categories without training."""
