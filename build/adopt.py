@@ -86,6 +86,8 @@ def _convert(folder: Path, name: str, to: Path) -> None:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{name}: config.json is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{name}: config.json is damaged: it holds no JSON object")
     labels = _labels(config, name)
     _check_weights(folder, name)
     tokenizer = _tokenizer(folder, name)
@@ -122,6 +124,8 @@ def _labels(config: dict[str, Any], name: str) -> list[str]:
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise InputError(f"{name} has {config['position_embedding_type']} positions; only absolute ones can be served")
     names = config.get("id2label") or {}
+    if not names:  # transformers leaves it out if there are two categories without names
+        raise InputError(f'{name}: config.json has no id2label; name its categories there, as {{"0": "a", "1": "b"}}')
     labels = [names.get(str(number)) for number in range(len(names))]
     if not all(isinstance(label, str) and label for label in labels) or len({*labels}) < max(2, len(labels)):
         raise InputError(f"{name}: id2label in config.json must name two or more different categories, numbered from 0")

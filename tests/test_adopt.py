@@ -111,9 +111,17 @@ def test_unsupported_models_are_refused_in_one_line(foreign: Path, texts: Path, 
     assert "only absolute ones" in refusal(position_embedding_type="relative_key")
     assert "must name two or more different categories" in refusal(id2label={"0": "a", "1": "a", "2": "b"})
     assert "must name two or more different categories" in refusal(id2label={"0": "a", "2": "b"})
+    assert 'has no id2label; name its categories there, as {"0": "a", "1": "b"}' in refusal(id2label=None)
     assert "the weights cannot be loaded" in refusal(id2label={"0": "a", "1": "b"})
     assert "has no tokenizer" in refusal(without_vocabulary="vocab.txt")
     assert "model.safetensors is missing" in refusal(without_weights="model.safetensors")
+
+
+def test_a_configuration_that_is_no_object_is_refused(foreign: Path, texts: Path, tmp_path: Path) -> None:
+    shutil.copytree(foreign, tmp_path / "spoilt")
+    (tmp_path / "spoilt" / "config.json").write_text("[]", "utf-8")
+    with pytest.raises(InputError, match="config.json is damaged: it holds no JSON object"):
+        build(tmp_path / "spoilt", tmp_path / "repository", "openvino", "fp32", held_out=TextSource(texts, "title"))
 
 
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(foreign: Path, tmp_path: Path) -> None:

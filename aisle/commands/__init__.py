@@ -108,9 +108,9 @@ def check_columns(tables: Iterable[Path], *columns: str) -> None:
             raise InputError(f"{table} has no row; leave it out, or give another")
 
 
-def show_rows(columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
+def show_rows(columns: dict[str, str], rows: list[dict[str, Any]], title: str | None = None) -> None:
     """Print rows as a table. `columns` maps keys to headings."""
-    table = new_table(*columns.values())
+    table = new_table(*columns.values(), title=title)
     for row in rows:
         table.add_row(*(cell(row.get(key)) for key in columns))
     stdout.print(table)

@@ -192,8 +192,8 @@ def _show_decisions(result: dict[str, Any]) -> None:
         "rows": "texts",
         "shared_by": "categories that share it",
     }
-    for level in result["levels"]:
-        show_rows(columns, level)
+    for above, level in enumerate(result["levels"]):
+        show_rows(columns, level, f"{above} level(s) above the categories" if above else "categories")
     show(
         f"expected, of {result['rows']} texts: {result['accepted']:.1%} accepted; of a further {result['parents']:.1%} "
         "the upper level is sure"
