@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -232,6 +233,13 @@ def test_examples_run(script: Path, server: Server, sample: Path, tmp_path: Path
     command = [sys.executable, script, "--url", server.url]
     if script.stem == "classify_file":
         command += [sample, tmp_path / "out.jsonl"]
+    if script.stem == "search_products":
+        command += ["红富士苹果", "--index", tmp_path / "index", "--classified", tmp_path / "classified.csv"]
+        few = tmp_path / "few.csv"
+        few.write_text("".join(itertools.islice(sample.open(encoding="utf-8"), 100)), "utf-8")
+        assert aisle("classify", few, "-o", tmp_path / "classified.csv", "--url", server.url).returncode == 0
+        assert aisle("embed", few, "-o", tmp_path / "vectors.parquet", "--url", server.url).returncode == 0
+        assert aisle("index", tmp_path / "vectors.parquet", "-o", tmp_path / "index").returncode == 0
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
