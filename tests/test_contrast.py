@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aisle.cli import run
 from aisle.errors import InputError
 from aisle.preprocess.clean import content_key
 from aisle.preprocess.encode import TextTokenizer
@@ -27,6 +26,7 @@ from aisle.train.core.split import Split, split
 from aisle.train.fit.contrast import NONE, ContrastiveClassification, contrastive_loss
 from aisle.train.fit.model import from_scratch
 from aisle.train.fit.train import train
+from tests.conftest import aisle
 
 COLOURS = ("red", "blue", "green", "black", "white", "silver", "golden", "pink")
 MAKERS = ("acme", "globex", "initech", "umbrella", "hooli", "vandelay", "stark", "wayne")
@@ -196,12 +196,12 @@ def test_the_searched_texts_have_the_queries_groups_first() -> None:
     ],
 )
 def test_what_cannot_be_contrasted_is_refused_in_one_line(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    table: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    assert run(["train", str(table), "-o", str(tmp_path / "ckpt"), "--layers", "1", *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    done = aisle("train", table, "-o", tmp_path / "ckpt", "--layers", "1", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "ckpt").exists()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from aisle.build.build import build
-from aisle.cli import run
 from aisle.client import AsyncClassifier, Classifier, Failure, InvalidText, TrafficLog
 from aisle.preprocess.clean import prepare
 from aisle.preprocess.fields import columns_of, from_json, join, to_json
@@ -90,7 +89,7 @@ TRAINING = (
 def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fields") / "checkpoint"
     columns = ("--text-column", "title", "--text-column", "brand")
-    assert run(["train", str(table), *columns, "-o", str(out), *TRAINING]) == 0
+    assert aisle("train", table, *columns, "-o", out, *TRAINING).returncode == 0
     return out
 
 
@@ -104,24 +103,23 @@ def test_training_reads_all_columns(table: Path, trained: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["evaluate", "decide", "build"])
-def test_a_checkpoint_is_used_with_its_own_columns(
-    command: str, table: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_is_used_with_its_own_columns(command: str, table: Path, trained: Path, tmp_path: Path) -> None:
     arguments = {
         "evaluate": [str(trained), str(table), "--text-column", "title"],
         "decide": [str(trained), str(table), "--text-column", "title+category", "--label-column", "brand"],
         "build": [str(trained), str(table), "--text-column", "brand", "--repository", str(tmp_path / "repository")],
     }
-    assert run([command, *arguments[command]]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith("was trained on other columns; give --text-column title --text-column brand")
+    done = aisle(command, *arguments[command])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "was trained on other columns; give --text-column title --text-column brand"
+    )
 
 
-def test_a_checkpoint_of_one_column_takes_one(
-    checkpoint: Path, table: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["evaluate", str(checkpoint), str(table), "--text-column", "title+brand"]) == 2
-    assert "was trained on other columns; give one --text-column" in capsys.readouterr().err
+def test_a_checkpoint_of_one_column_takes_one(checkpoint: Path, table: Path) -> None:
+    done = aisle("evaluate", checkpoint, table, "--text-column", "title+brand")
+    assert done.returncode == 2
+    assert "was trained on other columns; give one --text-column" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -133,13 +131,11 @@ def test_a_checkpoint_of_one_column_takes_one(
         (["--text-column", "title++brand"], "a name is missing beside a '+'"),
     ],
 )
-def test_bad_columns_are_refused(
-    columns: list[str], message: str, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["train", str(table), *columns, "-o", str(tmp_path / "ckpt")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_bad_columns_are_refused(columns: list[str], message: str, table: Path, tmp_path: Path) -> None:
+    done = aisle("train", table, *columns, "-o", tmp_path / "ckpt")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -218,5 +214,6 @@ def test_columns_without_names_are_numbered(trained: Path, table: Path, tmp_path
     (tmp_path / "bare.csv").write_text(body, "utf-8")
     out = tmp_path / "checkpoint"
     columns = ("--no-header", "--text-column", "1", "--text-column", "2", "--label-column", "3")
-    assert run(["train", str(tmp_path / "bare.csv"), *columns, "-o", str(out), *TRAINING[:6], "--epochs", "1"]) == 0
+    done = aisle("train", tmp_path / "bare.csv", *columns, "-o", out, *TRAINING[:6], "--epochs", "1")
+    assert done.returncode == 0, done.stderr
     assert Checkpoint(out).fields == ["text", "category"]
