@@ -29,7 +29,6 @@ from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
-from aisle.train.core.added import load_added
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
 from aisle.train.core.sample import Sample, read_examples, read_sample, write_examples, write_sample
@@ -185,6 +184,8 @@ def load_classifier(folder: Path, name: Path | str) -> Any:
     """
     import torch
     from transformers import AutoModelForSequenceClassification
+
+    from aisle.train.core.added import load_added
 
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
