@@ -75,7 +75,7 @@ class AsyncClassifier(Connection):
 
     async def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order; see `Classifier.classify`."""
-        wanted = wire.Wanted(top_k, decisions)
+        wanted = wire.wanted_categories(top_k, decisions)
         return await self._ask(texts, lambda batch: self._classify_batch(batch, wanted))
 
     async def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
@@ -113,7 +113,7 @@ class AsyncClassifier(Connection):
         """
         wire.check_list(texts)
         wire.check_top_k(top_k)
-        return self._stream(texts, wire.Wanted(top_k, decisions))
+        return self._stream(texts, wire.wanted_categories(top_k, decisions))
 
     async def _stream(self, texts: Texts, wanted: wire.Wanted) -> AsyncGenerator[Prediction | Failure, None]:
         async def request(batch: list[Any]) -> list[Prediction | Failure]:

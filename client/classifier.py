@@ -84,7 +84,7 @@ class Classifier(Connection):
             decisions: also fill in `decision`, `decided`, `prediction_set` and `energy`.
 
         Raises:
-            TypeError: `texts` is a single string, a table or a mapping.
+            TypeError: `texts` is a single string, a table or a mapping; or `decisions` is neither True nor False.
             InvalidText: a text cannot be classified, `top_k` is out of range, or the model has no decisions. The
                 message and `row` name the text's row in `texts`, counted from 0.
             Unavailable: no server answered.
@@ -93,7 +93,7 @@ class Classifier(Connection):
             ClassifierError: the server failed, or took longer than the timeout.
         """
         wire.check_list(texts)
-        return self._ask(texts, wire.Wanted(top_k, decisions), self._classify_batch)
+        return self._ask(texts, wire.wanted_categories(top_k, decisions), self._classify_batch)
 
     def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
         """Return the embeddings [texts, size] of `texts`, each of length 1, in the same order.
@@ -158,7 +158,7 @@ class Classifier(Connection):
         """
         wire.check_list(texts)
         wire.check_top_k(top_k)
-        return self._stream(texts, wire.Wanted(top_k, decisions), self._classify_batch)
+        return self._stream(texts, wire.wanted_categories(top_k, decisions), self._classify_batch)
 
     def _stream(self, texts: Iterable[Text | None], wanted: wire.Wanted, request: Request) -> Iterator[Any]:
         each = partial(self._ask_each, request)
@@ -172,7 +172,7 @@ class Classifier(Connection):
             decisions: check that it has decisions too.
             bulk: wait as long as `stream` does.
         """
-        wire.predictions(self._infer([b"probe"], wire.Wanted(top_k, decisions), bulk))
+        wire.predictions(self._infer([b"probe"], wire.wanted_categories(top_k, decisions), bulk))
 
     @property
     def max_batch(self) -> int:

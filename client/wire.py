@@ -67,6 +67,17 @@ class Wanted(NamedTuple):
         return DECISIONS_MODEL if self.decisions else MODEL
 
 
+def wanted_categories(top_k: int, decisions: bool) -> Wanted:
+    """Return the wish for categories.
+
+    Raises:
+        TypeError: `decisions` is neither true nor false, such as "no", which Python takes for true.
+    """
+    if decisions not in (True, False):
+        raise TypeError(f"decisions must be True or False; got {decisions!r}")
+    return Wanted(top_k, bool(decisions))
+
+
 def wanted_embedding(size: int | None) -> Wanted:
     """Return the wish for embeddings, shortened to `size` numbers if it is given.
 

@@ -111,6 +111,12 @@ def test_one_rule_for_values(fake: Fake, kind: str) -> None:
 
 
 @BOTH
+def test_decisions_are_asked_for_with_true_or_false(fake: Fake, kind: str) -> None:
+    with pytest.raises(TypeError, match="decisions must be True or False; got 'no'"):
+        call(kind, fake.url, lambda classifier: classifier.classify(["苹果"], decisions="no"))
+
+
+@BOTH
 @pytest.mark.parametrize("bad", ["", None, "\ud800"])
 @pytest.mark.parametrize(("count", "row"), [(65, 64), (200, 64), (200, 130), (200, 199)])
 def test_errors_name_the_row_of_the_callers_list(fake: Fake, kind: str, bad: Any, count: int, row: int) -> None:
