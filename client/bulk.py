@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -47,7 +47,7 @@ class _Models:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._known, self.have_decisions = classifier.models(bulk=True)
+        self._known, self.have_decisions, self.fields = classifier.models(bulk=True)
 
     def of(self, version: int) -> str:
         """Return the fingerprint of a version's model; empty if the server does not tell."""
@@ -88,6 +88,7 @@ def classify_file(
     start = time.perf_counter()
     columns, total = scan_source(source, text_column, out if kind == "xlsx" else None)
     models = _Models(classifier)
+    check_fields(text_column, columns, models.fields)
     wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
     # Fails early if the server is unreachable, or has too few categories or no decisions.
     classifier.probe(top_k, decisions=wanted.decisions, bulk=True)
@@ -276,6 +277,28 @@ def _read_journal(path: Path) -> Iterator[Row]:
         next(file)
         for line in file:
             yield json.loads(line)
+
+
+def check_fields(text_column: str, columns: Sequence[str], fields: Sequence[str] | None) -> None:
+    """Check that a table's text columns are the fields that the server's model reads.
+
+    A table that has none of them may have one column of plain texts.
+
+    Args:
+        columns: all columns of the table.
+        fields: of the model; None if the versions that answer differ, so that only the server can check.
+
+    Raises:
+        InputError: they are not.
+    """
+    given = columns_of(text_column)
+    known = [name for name in fields or () if name in columns]
+    if fields is None or (len(given) == 1 and not known) or ({*given} == {*known} and known[0] == fields[0]):
+        return
+    if not fields:
+        raise InputError(f"--text-column {text_column}: the server's model reads one column; give one")
+    options = " ".join(f"--text-column {name}" for name in (known if known[:1] == [fields[0]] else fields))
+    raise InputError(f"the server's model reads {', '.join(fields)}; give {options}, as the columns are called")
 
 
 def scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[list[str], int]:

@@ -105,9 +105,9 @@ class Classifier(Connection):
                 with `--contrastive` is made for this.
 
         Raises:
-            ClassifierError: another version went live meanwhile, or the model gives fewer numbers; or as `classify`.
+            ClassifierError: another version went live meanwhile; or as `classify`.
             TypeError, InvalidText, Unavailable, Overloaded, UnknownVersion: as `classify`. InvalidText also if the
-                version has no embeddings.
+                version has no embeddings, or shorter ones than `size`.
         """
         return self.embed_with_version(texts, size=size)[0]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aisle.client.bulk import Track, scan_source, usable
+from aisle.client.bulk import Track, check_fields, scan_source, usable
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import Embedding, Failure
 from aisle.client.wire import check_one_version
@@ -61,7 +61,8 @@ def embed_file(
         raise InputError(f"{out}: embeddings are written as {' or '.join(WRITERS)}")
     refuse_same(source, out)
     start = time.perf_counter()
-    _, total = scan_source(source, text_column, None)
+    columns, total = scan_source(source, text_column, None)
+    check_fields(text_column, columns, classifier.models(bulk=True).fields)
     (probe,) = classifier.stream_embeddings(["probe"], size=size)
     if isinstance(probe, Failure):
         raise InputError(probe.message)

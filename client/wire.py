@@ -36,7 +36,7 @@ CONFIG = "/inference.GRPCInferenceService/ModelConfig"
 Request: TypeAlias = Any  # service_pb2.ModelInferRequest, which has no types
 SHORT = 200  # bytes; only shorter answers can lack outputs
 _SIZE = struct.Struct("<I")  # the length of a string, before its bytes
-_ABOUT_REQUEST = ("top_k", "this version has no")  # starts of refusals that are not about a text
+_ABOUT_REQUEST = ("top_k", "size", "this version has no")  # starts of refusals that are not about a text
 _ROW = re.compile(r"row (\d+): ")
 
 
@@ -45,6 +45,7 @@ class Models(NamedTuple):
 
     fingerprints: dict[int, str]  # of the model behind each version
     has_decisions: bool  # whether all of them have decisions
+    fields: tuple[str, ...] | None = ()  # that all of them read; empty if they read one text, None if they differ
 
 
 class Fields(bytes):
@@ -244,7 +245,8 @@ def embeddings(message: bytes, size: int | None) -> list[Embedding]:
         size: how many numbers to keep of each vector, which then gets length 1 again; None keeps all.
 
     Raises:
-        ClassifierError: the answer has another form, or has fewer numbers.
+        ClassifierError: the answer has another form.
+        InvalidText: it has fewer numbers.
     """
     answer = service_pb2.ModelInferResponse.FromString(message)
     shapes = {output.name: output.shape for output in answer.outputs}
@@ -260,10 +262,10 @@ def shortened(rows: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float3
     """Return the first `size` numbers of embeddings [n, numbers], each vector of length 1 again.
 
     Raises:
-        ClassifierError: the embeddings have fewer numbers.
+        InvalidText: the embeddings have fewer numbers.
     """
     if size > rows.shape[1]:
-        raise ClassifierError("", f"the model's embeddings have {rows.shape[1]} numbers; {size} were asked for")
+        raise InvalidText(f"size must be at most {rows.shape[1]}, the numbers of the model's embeddings; got {size}")
     kept = rows[:, :size]
     lengths = np.linalg.norm(kept, axis=1, keepdims=True)
     scaled: npt.NDArray[np.float32] = kept / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -351,8 +353,10 @@ def max_batch(message: bytes) -> int:
 
 def models(message: bytes) -> Models:
     """Read which versions answer from the answer to `config_request`."""
-    found = _by_version(message, "fingerprint")
-    return Models(found, bool(found) and found.keys() == _by_version(message, "decisions").keys())
+    found, fields = _by_version(message, "fingerprint"), _by_version(message, "fields")
+    read = {tuple(json.loads(fields.get(version, "[]"))) for version in found}
+    decide = bool(found) and found.keys() == _by_version(message, "decisions").keys()
+    return Models(found, decide, next(iter(read), ()) if len(read) < 2 else None)
 
 
 def category_counts(message: bytes) -> dict[int, int]:

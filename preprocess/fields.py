@@ -20,6 +20,7 @@ from aisle.preprocess.values import TextError, as_text
 PARAMETER = "fields"  # of a request: texts that start with "{" are JSON objects of fields
 FILE = "fields.json"  # in a version: the fields that its model reads
 PLUS = "+"  # between columns in one --text-column
+LONGEST = 100  # characters of a field's name in a message
 BAR = "|"  # between fields; in a field's own text it becomes a slash
 
 
@@ -54,9 +55,13 @@ def _cleaned(name: str, value: object) -> str:
         text = as_text(value)
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeError:
-        raise TextError("not UTF-8", f"field {name!r} is not valid UTF-8; encode it as UTF-8") from None
+        raise TextError(
+            "not UTF-8", f"text has the field {name[:LONGEST]!r}, which is not UTF-8; encode it as UTF-8"
+        ) from None
     except TextError as error:
-        raise TextError(error.reason, str(error).replace("text", f"field {name!r}", 1)) from None
+        raise TextError(
+            error.reason, str(error).replace("text is", f"text has the field {name[:LONGEST]!r}, which is", 1)
+        ) from None
     return clean(text).replace(BAR, "/").strip() if text else ""
 
 
@@ -89,7 +94,9 @@ def from_json(raw: bytes, known: Sequence[str]) -> str | None:
         raise TextError("not fields", 'text is not a JSON object of fields, such as {"title": "…"}')
     unknown = next((name for name in fields if name not in known), None)
     if unknown is not None:
-        raise TextError("unknown field", f"text has the field {unknown!r}; the model reads {', '.join(known)}")
+        raise TextError(
+            "unknown field", f"text has the field {unknown[:LONGEST]!r}; the model reads {', '.join(known)}"
+        )
     return join({name: fields.get(name) for name in known})
 
 

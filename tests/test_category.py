@@ -330,7 +330,7 @@ def test_an_added_category_is_renamed_and_merged(added: Path, tmp_path: Path) ->
         (("add", "{first}", "--examples", "{examples}"), "there is already a category"),
         (("add", "{level}", "--examples", "{examples}"), "is the level above"),
         (("add", "", "--examples", "{examples}"), "is an empty name"),
-        (("add", "x", "--examples", "{few}"), "4 different text(s) are too few for a category; give 5 to 50"),
+        (("add", "x", "--examples", "{few}"), "4 different text(s) are too few for a category; give 5 or more"),
         (("add", "x", "--examples", "{same}"), "1 different text(s) (6 copies and 1 unusable rows left out)"),
         (("add", "x", "--examples", "{taken}"), "are in the training table as"),
         (("add", "x", "--examples", "{examples}", "--text-column", "t"), "no column 't'"),

@@ -46,12 +46,12 @@ def offers(path: Path, products: int = 240, seed: int = 0) -> Path:
     ]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "category", "product"])
+        writer.writerow(["text", "category", "product", "shop"])
         for colour, maker, good, category in rng.sample(every, products):
             for _ in range(3):
                 words = [colour, maker, good, *rng.sample(NOISE, 3)]
                 rng.shuffle(words)
-                writer.writerow([" ".join(words), category, f"{maker} {good} {colour}"])
+                writer.writerow([" ".join(words), category, f"{maker} {good} {colour}", "one"])
     return path
 
 
@@ -191,6 +191,7 @@ def test_the_searched_texts_have_the_queries_groups_first() -> None:
     [
         (["--contrastive", "category"], "--contrastive category: this is the label's column"),
         (["--contrastive", "maker"], "no column 'maker'"),
+        (["--contrastive", "shop"], "all pairs of training texts have the same shop"),
         (["--contrastive", "text"], "no two training texts have the same text"),
         (["--contrastive", "product", "--mixup", "0.2"], "leave one out"),
     ],

@@ -79,8 +79,10 @@ def test_embeddings_can_be_shortened(server: Server, classifier: Classifier, tmp
 
 def test_a_size_that_the_model_does_not_have_is_refused(classifier: Classifier) -> None:
     available = classifier.embed(TEXTS[:1]).shape[1]
-    with pytest.raises(ClassifierError, match=f"have {available} numbers; 9999 were asked for"):
+    with pytest.raises(InvalidText, match=f"size must be at most {available}, .* got 9999"):
         classifier.embed(TEXTS, size=9999)
+    with pytest.raises(InvalidText, match="size must be at most"):
+        list(classifier.stream_embeddings(TEXTS, size=9999))
     for size in (0, 1.5, True):
         with pytest.raises(ValueError, match="positive whole number"):
             classifier.embed(TEXTS, size=size)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_a_server_reads_what_training_joins() -> None:
     ("raw", "message"),
     [
         (b'{"title": "a", "brnd": "b"}', "has the field 'brnd'; the model reads title, brand"),
-        (b'{"title": ["a"]}', "field 'title' is a list"),
+        (b'{"title": ["a"]}', "the field 'title', which is a list"),
         (b'{"title"', "not a JSON object of fields"),
         (b"[" * 100_000, "not a JSON object of fields"),
     ],
@@ -177,7 +177,10 @@ def test_a_bad_product_is_named_and_spoils_no_other(fields_server: Server) -> No
     assert [isinstance(each, Failure) for each in answers] == [False, True, True, True, False]
     assert "the field 'brnd'" in str(answers[1])
     assert "missing" in str(answers[2])
-    assert "field 'title' is a list" in str(answers[3])
+    assert "the field 'title', which is a list" in str(answers[3])
+    with Classifier(fields_server.url) as client, pytest.raises(InvalidText, match="row 70: text has the field") as bad:
+        client.classify([{"title": "a"}] * 70 + [{"title": {"n": 1}}])
+    assert bad.value.row == 70
 
 
 def test_a_model_of_one_text_refuses_products(server: Server) -> None:
@@ -199,9 +202,16 @@ def test_files_are_classified_and_embedded_by_their_columns(fields_server: Serve
     assert sum(row["category"] == row["source_category"] for row in branded) > 0.95 * len(branded)
     done = aisle("embed", table, "-o", tmp_path / "out.npy", *columns, "--json")
     assert json.loads(done.stdout)["errors"] == 0
-    wrong = aisle("classify", table, "-o", tmp_path / "wrong.csv", "--text-column", "title+category", *columns[4:])
-    assert wrong.returncode == 0
-    assert "has the field 'category'" in (tmp_path / "wrong.csv").read_text("utf-8")
+    for command in ("classify", "embed", "review"):
+        for names in ("title", "brand", "title+category"):
+            out = tmp_path / ("wrong.npy" if command == "embed" else "wrong.csv")
+            wrong = aisle(command, table, "-o", out, "--text-column", names, *columns[4:])
+            assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+            assert "reads title, brand; give --text-column title --text-column brand" in wrong.stderr
+            assert not out.exists()
+    plain = tmp_path / "plain.csv"
+    plain.write_text("text\nitem red | brand: acme\n", "utf-8")
+    assert aisle("classify", plain, "-o", tmp_path / "plain-out.csv", *columns[4:]).returncode == 0
     measured = aisle("evaluate", table, *columns, "--json")
     assert json.loads(measured.stdout)["accuracy"] > 0.8
     listed = aisle("review", table, "-o", tmp_path / "label.csv", *columns, "--rows", "5")

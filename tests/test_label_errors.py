@@ -203,9 +203,9 @@ CABLES = [f"usb cable number {n}" for n in range(4)]
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        (pairs(CABLES, "aaaa"), "1 categories have two rows or more"),
-        (pairs(CABLES, "abcd"), "0 categories have two rows or more"),
-        (pairs(CABLES, "aabc"), "1 categories have two rows or more"),
+        (pairs(CABLES, "aaaa"), "and the table has 1; add rows"),
+        (pairs(CABLES, "abcd"), "and the table has 0; add rows"),
+        (pairs(CABLES, "aabc"), "and the table has 1; add rows"),
         (pairs(list("ßöüäéè"), "aaabbb"), "6 texts are too few to judge"),
     ],
 )

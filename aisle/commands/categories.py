@@ -40,7 +40,7 @@ def add(
     checkpoint: Checkpoint,
     name: Annotated[str, _name("NAME", "The new category, such as 'Pets > Cat litter'.")],
     examples: Annotated[
-        Path, typer.Option(callback=file_to_read, help="A table of texts of the new category, 5 to 50.")
+        Path, typer.Option(callback=file_to_read, help="A table of texts of the new category, 5 or more.")
     ],
     out: Output,
     data: Data = None,

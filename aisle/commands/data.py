@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from aisle.train.adapt.label_errors import Suspects
 
 app = Stage()
+FEW = 200  # rows from which a linear model learns little
 
 
 @app.command()
@@ -104,6 +105,8 @@ def _suspects(data: Path, label_errors: Path, out: Path, as_json: bool) -> Suspe
 
 def _note_suspects(found: dict[str, Any]) -> None:
     """Say on stderr what was found, because the table may be on stdout."""
+    if found["rows_judged"] < FEW:
+        say(f"{found['rows_judged']} rows are few to judge labels by: expect many correct labels among the suspects")
     if found["rows_alone"]:
         say(f"{found['rows_alone']} labels cannot be judged: no other row has their category")
     if not found["suspects"]:

@@ -110,7 +110,8 @@ def find_label_errors(numbers: Sequence[int], table: LabelledTexts) -> tuple[lis
     names = sorted(set(judged.labels), key=lambda label: label.split(SEPARATOR))
     if len(names) < 2:
         raise InputError(
-            f"{len(names)} categories have two rows or more; judging labels takes two: leave --label-errors out"
+            f"judging labels takes two categories with two rows or more, and the table has {len(names)}; add rows, or "
+            "leave --label-errors out"
         )
     number = {name: i for i, name in enumerate(names)}
     given = np.array([number[label] for label in judged.labels], np.int32)

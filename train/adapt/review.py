@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aisle.client import Classifier, Failure
+from aisle.client.bulk import check_fields
 from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.clean import content_key, prepare
@@ -203,6 +204,7 @@ def _classify(source: Path, url: str, text_column: str, skipped: Counter[str]) -
             yield to_send(row, text_column)
 
     with Classifier.from_environment(url) as classifier:
+        check_fields(text_column, [*beginning[0]] if beginning else [], classifier.models(bulk=True).fields)
         for answer in track(classifier.stream(read(), top_k=2), "classifying"):
             text = texts.popleft()
             if isinstance(answer, Failure):

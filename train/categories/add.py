@@ -122,7 +122,7 @@ def read_examples(path: Path, text_column: str, name: str) -> LabelledTexts:
     left_out = f" ({copies} copies and {unusable} unusable rows left out)" if copies or unusable else ""
     if len(found) < FEWEST:
         raise InputError(
-            f"{path}: {len(found)} different text(s){left_out} are too few for a category; give {FEWEST} to 50"
+            f"{path}: {len(found)} different text(s){left_out} are too few for a category; give {FEWEST} or more"
         )
     if left_out:
         say(f"{path}: {len(found)} different texts{left_out}")

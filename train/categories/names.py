@@ -16,15 +16,16 @@ Changes = Mapping[str, str]  # category -> its new name
 
 
 def checked_name(raw: str) -> str:
-    """Return a new category's name without spaces around it.
+    """Return a new category's name without spaces around it, line breaks and repeated spaces.
 
     Raises:
         InputError: it, or a level of its path, is empty.
     """
     try:
-        name = prepare_label(raw)
-    except TextError:
-        raise InputError(f"{raw!r} is an empty name; give the category a name, such as 'A > B'") from None
+        name = " ".join(prepare_label(raw).split())
+    except TextError as error:
+        why = "is an empty name" if error.reason == "label missing" else "is not valid Unicode"
+        raise InputError(f"{raw!r} {why}; give the category a name, such as 'A > B'") from None
     if not all(part.strip() for part in f" {name} ".split(SEPARATOR)):
         raise InputError(f"{name!r} has an empty level; write it as 'A > B'")
     return name

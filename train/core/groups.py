@@ -59,14 +59,15 @@ def check_groups(groups: Mapping[bytes, str], parts: Split, name: str) -> None:
         name: of the column, for the message.
 
     Raises:
-        InputError: no group has two texts to learn from.
+        InputError: fewer than two groups have two texts to learn from.
     """
     texts = Counter(groups.get(content_key(text)) for text in parts.train.texts)
     learnt = [group for group, count in texts.items() if group and count > 1 and is_learnt_group(group)]
-    if not learnt:
+    if len(learnt) < 2:
+        problem = "no two training texts have" if not learnt else "all pairs of training texts have"
         raise InputError(
-            f"--contrastive {name}: no two training texts have the same {name}; name a column in which texts of one "
-            "product have the same value, or leave it out"
+            f"--contrastive {name}: {problem} the same {name}; name a column in which texts of one product have the "
+            "same value, and those of others another, or leave it out"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aisle.console import say
 from aisle.preprocess.clean import content_key
 from aisle.preprocess.encode import TextTokenizer
 from aisle.train.core.groups import is_held_out_group, is_learnt_group, is_validation_group
@@ -29,6 +30,7 @@ from aisle.train.fit.loop import Scalars
 
 TEMPERATURE = 0.05
 PREFIXES = (1, 2, 4)  # the whole embedding, its half and its quarter
+LEAST = 30  # queries to measure a share
 SEARCHED = 25_000  # texts in which held-out groups are looked for
 VALIDATED = 5_000  # the same after each epoch
 NONE = -1  # the group of a text without one, or with one that is not learnt
@@ -101,11 +103,13 @@ def contrastive_loss(vectors: Tensor, groups: Tensor) -> Tensor:
 def measure_search(model: Any, tokenizer: TextTokenizer, parts: Split) -> dict[str, Any]:
     """Return how many texts of held-out groups find another one of their group among the ten nearest.
 
-    No pair of these groups was learnt. All texts of the table are searched, at most `SEARCHED`.
+    No pair of these groups was learnt. All texts of the table are searched, at most `SEARCHED`. With fewer than `LEAST`
+    such texts, nothing is measured.
     """
     texts = [text for part in parts[:3] for text in part.texts]
     asked = lookup(texts, parts.groups, is_held_out_group, SEARCHED)
-    if not asked.queries:
+    if len(asked.queries) < LEAST:
+        say(f"the search is not measured: only {len(asked.queries)} texts of held-out groups have another text there")
         return {}
     vectors = embeddings_of(model, tokenizer.tokens(asked.texts), "measuring the search")
     return {
