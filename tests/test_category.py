@@ -319,6 +319,8 @@ def test_an_added_category_is_renamed_and_merged(added: Path, tmp_path: Path) ->
         (("rename", "{first}", "{level}"), "is the level above"),
         (("rename", "{first}", " "), "is an empty name"),
         (("rename", "{first}", "A >  > B"), "has an empty level"),
+        (("rename", "{first}", "A >\n> B"), "has an empty level"),
+        (("rename", "{first}", " {second}\n"), "there is already a category"),
         (("move", "没有 > 这个", "x"), "there is no category"),
         (("move", "{level}", ""), "is an empty name"),
         (("merge", "{first}", "--into", "x"), "name two categories or more"),

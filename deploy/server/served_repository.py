@@ -200,4 +200,5 @@ class ServedRepository:
 
 def _parameters(values: dict[str, str]) -> list[str]:
     """Return the lines of a model's configuration that set parameters."""
-    return [f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in values.items()]
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}  # a string of pbtxt, too
+    return [f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}' for key, value in quoted.items()]

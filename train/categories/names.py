@@ -26,7 +26,7 @@ def checked_name(raw: str) -> str:
     except TextError as error:
         why = "is an empty name" if error.reason == "label missing" else "is not valid Unicode"
         raise InputError(f"{raw!r} {why}; give the category a name, such as 'A > B'") from None
-    if not all(part.strip() for part in f" {name} ".split(SEPARATOR)):
+    if "> >" in name or not all(part.strip() for part in f" {name} ".split(SEPARATOR)):
         raise InputError(f"{name!r} has an empty level; write it as 'A > B'")
     return name
 
