@@ -83,7 +83,9 @@ def test_callers_can_query_metadata(triton: InferenceServerClient, classifier: C
     assert classifier.classify([CANARY])
 
 
-def test_only_the_owner_can_read_the_key(server: Server, admin: dict[str, str], tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_key(
+    server: Server, admin: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = server.url.partition(":")[2]
     code = (
         "import os, sys\n"
@@ -94,6 +96,7 @@ def test_only_the_owner_can_read_the_key(server: Server, admin: dict[str, str], 
     shown = subprocess.run([sys.executable, "-c", code, port], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["0o600", "0o700"]
     assert not any(key in server.log.read_text("utf-8", "replace") for key in admin.values())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # a killed server may have left the key of a free port
     with pytest.raises(InputError, match="this user runs no server on port"):
         admin_headers(free_ports(1)[0])
 
