@@ -11,6 +11,7 @@ from aisle.commands.options import Command, with_options
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import CleaningReport
+from aisle.preprocess.fields import PLUS, columns_of
 from aisle.preprocess.labels import Labelling, read_label_map
 from aisle.preprocess.tables.opening import Reading, set_reading
 from aisle.preprocess.tables.table import unnamed
@@ -45,9 +46,9 @@ def reads_tables(command: Command) -> Command:
             _refuse_unused(reading, arguments)
         if not options["header"]:
             for name in ("text_column", "label_column"):
-                words = str(arguments.get(name) or "").split("+")
+                words = columns_of(arguments.get(name) or "")
                 if all(word.isdigit() for word in words):
-                    arguments[name] = "+".join(unnamed(int(word)) for word in words)
+                    arguments[name] = PLUS.join(unnamed(int(word)) for word in words)
 
     return with_options(
         command, {"delimiter": (Delimiter, ""), "encoding": (Encoding, ""), "header": (Header, True)}, before

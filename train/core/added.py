@@ -20,6 +20,17 @@ NAME = "added_classifier"
 _LAYER = re.compile(r"layers?\.\d+$")
 
 
+def mean_hidden(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean hidden state of each text, [texts, hidden] in fp32.
+
+    Args:
+        hidden: [texts, tokens, hidden].
+        attention_mask: [texts, tokens].
+    """
+    weights = attention_mask[:, :, None].float()
+    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+
+
 class Below:
     """Keeps what goes into the last layer of a model, while the model runs."""
 
@@ -37,8 +48,7 @@ class Below:
         assert self._hidden is not None
         if self._mask is None:
             return self._hidden.float().mean(dim=1)
-        weights = self._mask[:, :, None].float()
-        return (self._hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+        return mean_hidden(self._hidden, self._mask)
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aisle.console import track
 from aisle.errors import InputError
-from aisle.train.core.added import Below
+from aisle.train.core.added import Below, mean_hidden
 from aisle.train.core.families import embedding_pooling, output_layer
 
 Tokens = Sequence[Sequence[int]]
@@ -94,8 +94,7 @@ def pooled(config: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
     """
     if embedding_pooling(config) == "first":
         return hidden[:, 0]
-    own = (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None])[:, :, None]
-    return (hidden * own).sum(dim=1) / lengths[:, None]
+    return mean_hidden(hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None])
 
 
 def pad(tokens: Tokens) -> tuple[Tensor, Tensor]:

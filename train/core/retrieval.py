@@ -24,10 +24,8 @@ class Lookup(NamedTuple):
     queries: list[int]  # texts whose group has another text
 
 
-def lookup(
-    texts: Sequence[str], groups: Mapping[bytes, str], wanted: Callable[[str], bool], most: int, queries: int = QUERIES
-) -> Lookup:
-    """Choose queries among the texts of the groups that are `wanted`, and the texts that are searched.
+def lookup(texts: Sequence[str], groups: Mapping[bytes, str], wanted: Callable[[str], bool], most: int) -> Lookup:
+    """Choose up to `QUERIES` queries among the texts of the groups that are `wanted`, and the texts that are searched.
 
     Args:
         most: texts to search; those of the queries' groups come first.
@@ -41,7 +39,7 @@ def lookup(
     chosen = [of[i] for i in order]
     left = Counter(chosen)
     found = [place for place, group in enumerate(chosen) if group in asked and left[group] > 1]
-    return Lookup([keyed[i][1] for i in order], chosen, found[:queries])
+    return Lookup([keyed[i][1] for i in order], chosen, found[:QUERIES])
 
 
 def recall(vectors: Any, found_in: Lookup) -> float:
