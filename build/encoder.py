@@ -183,12 +183,17 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, batch: Any, keep: Tensor | None = None) -> Tensor:
         """Return the layer's output […, hidden], or only [texts, hidden] for the flattened tokens `keep`."""
-        context = self.attention(self.qkv(hidden), batch)
+        context = self.attend(hidden, batch)
         if keep is not None:
             hidden, context = hidden.flatten(0, -2)[keep], context.flatten(0, -2)[keep]
         hidden = self.norm(hidden, self.project(context))
         output: Tensor = self.norm_out(hidden, self.down(self.expand(hidden)))
         return output
+
+    def attend(self, hidden: Tensor, batch: Any) -> Tensor:
+        """Return what attention reads of the other tokens, […, hidden]."""
+        context: Tensor = self.attention(self.qkv(hidden), batch)
+        return context
 
     def expand(self, hidden: Tensor) -> Tensor:
         """Return the feed-forward part's wide activations."""

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from onnxruntime.quantization.calibrate import HistogramCollector
 from torch import Tensor, nn
 
 from aisle.build.graph import PackedEncoder
@@ -81,6 +80,8 @@ def calibrate(graph: PackedEncoder, batches: Sequence[Packed]) -> dict[str, Rang
     `entropy` the cut with the smallest Kullback-Leibler divergence (Migacz 2017, "8-bit Inference with TensorRT").
     onnxruntime computes the last two.
     """
+    from onnxruntime.quantization.calibrate import HistogramCollector  # fp16 and fp8 do not need it
+
     collector = HistogramCollector("entropy", True, 512, 128, 99.99, "same")
     seen: dict[str, list[npt.NDArray[np.float32]]] = {}
 

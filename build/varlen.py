@@ -17,6 +17,10 @@ from aisle.build.graph import mean
 from aisle.errors import InputError
 
 MAX_FP8 = 448.0  # the largest number of float8_e4m3fn
+SHORT = (
+    256  # up to this many tokens of the longest text, attention in blocks of 64 tokens is faster than FlashAttention
+)
+SHORT_WIDTHS = (32, 64, 128)  # sizes of an attention head that its kernel supports
 
 
 def shape_of(model: Any) -> Shape:
@@ -58,7 +62,7 @@ class VarlenEncoder(Encoder):
                 and read again. Gated layers need the exact product.
         """
         fused = fuse_gelu and shape.activation == "gelu" and dtype in (torch.float16, torch.bfloat16)
-        layer = GeluLayer if fused else Layer
+        layer = GeluLayer if fused else FlatLayer
         super().__init__(shape, dtype, lambda number: VarlenAttention(shape, number, max_tokens), layer)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, offsets: Tensor) -> Tensor:
@@ -94,20 +98,36 @@ class VarlenAttention(nn.Module):
         self.heads, self.max_tokens = shape.heads, max_tokens
         self.window = shape.windows[number] if shape.windows else 0
         self.theta = shape.thetas[number] if shape.thetas else 0.0
+        self.short = max_tokens <= SHORT and shape.width in SHORT_WIDTHS and not (self.window or self.theta)
 
-    def forward(self, qkv: Tensor, batch: Batch) -> Tensor:
-        q, k, v = qkv.view(qkv.shape[0], 3, self.heads, -1).unbind(1)  # each [tokens, heads, width]
+    def forward(self, qkv: Tensor, batch: Batch, scale: Tensor | None = None) -> Tensor:
+        """Return the context [tokens, hidden] in the type of `qkv` or, with a `scale`, in float8_e4m3fn."""
+        context: Tensor
+        if self.short:
+            context = attend_short(qkv, batch.offsets, self.heads, self.max_tokens, scale)
+            return context
+        q, k, v = split(qkv, self.heads)
         if self.theta:
             q, k = (rotate(each, *batch.turns[self.theta]) for each in (q, k))
-        return attend(q, k, v, batch.offsets, self.max_tokens, self.window).flatten(1)
+        context = attend(q, k, v, batch.offsets, self.max_tokens, self.window).flatten(1)
+        return context if scale is None else to_fp8(context, scale)
 
 
-class GeluLayer(Layer):
+class FlatLayer(Layer):
+    """A layer of BERT over flat tokens. In fp8, attention and GELU write the next product's input at once."""
+
+    def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
+        scale = self.project.input_scale if isinstance(self.project, Fp8Linear) else None
+        context: Tensor = self.attention(self.qkv(hidden), batch, scale)
+        return context
+
+
+class GeluLayer(FlatLayer):
     """A layer that computes GELU inside the matrix product."""
 
     def expand(self, hidden: Tensor) -> Tensor:
         if not isinstance(self.up, nn.Linear):  # in fp8
-            return super().expand(hidden)
+            return tanh_gelu(self.up(hidden))
         wide: Tensor = linear_gelu(hidden, self.up.weight, self.up.bias)
         return wide
 
@@ -139,7 +159,7 @@ class Fp8Linear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = to_fp8(x, self.input_scale)
+        rounded = x if x.dtype == torch.float8_e4m3fn else to_fp8(x, self.input_scale)
         if x.is_cuda:
             scales = self.input_scale, self.weight_scale
             return torch._scaled_mm(
@@ -147,6 +167,12 @@ class Fp8Linear(nn.Module):
             )
         product = (rounded.float() @ self.weight.float().t()) * (self.input_scale * self.weight_scale)
         return (product + self.bias.float()).to(self.dtype)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """Return GELU in its tanh approximation, in fp32: x · sigmoid(2 · √(2/π) · (x + 0.044715 x³)), the fastest form."""
+    x = x.float()
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
@@ -180,6 +206,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, windo
     return context
 
 
+def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each [tokens, heads, width], of [tokens, 3 × hidden]."""
+    q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
+    return q, k, v
+
+
 def _reference_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: int) -> Tensor:
     """Reference attention with a mask over all pairs of tokens: slow but simple."""
     text, place = text_of(offsets, q.shape[0]), torch.arange(q.shape[0])
@@ -204,6 +236,33 @@ def _import_varlen_attn() -> Any:
 
 
 _varlen_attn = _import_varlen_attn()
+
+
+def _import_kernels() -> Any:
+    try:
+        from aisle.build import kernels
+    except ImportError:  # a PyTorch for CPUs brings no Triton compiler
+        return None
+    return kernels
+
+
+_kernels = _import_kernels()
+
+
+@torch.library.custom_op("aisle::attend_short", mutates_args=())
+def attend_short(qkv: Tensor, offsets: Tensor, heads: int, longest: int, scale: Tensor | None) -> Tensor:
+    """Return the self-attention [tokens, hidden] of each short text, in float8_e4m3fn if there is a `scale`."""
+    if qkv.is_cuda and _kernels is not None:
+        context: Tensor = _kernels.attend(qkv, offsets, heads, longest, scale, MAX_FP8)
+        return context
+    context = attend(*split(qkv, heads), offsets, longest).flatten(1)
+    return context if scale is None else to_fp8(context, scale)
+
+
+@attend_short.register_fake
+def _(qkv: Tensor, offsets: Tensor, heads: int, longest: int, scale: Tensor | None) -> Tensor:
+    dtype = qkv.dtype if scale is None else torch.float8_e4m3fn
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3, dtype=dtype)
 
 
 @torch.library.custom_op("aisle::linear_gelu", mutates_args=())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,23 @@ def cpu_seconds(pid: int) -> float:
     """
     fields = _stat(Path(f"/proc/{pid}"))
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def cpu_of_steps(root: int) -> dict[str, float]:
+    """Return the CPU seconds that Triton itself and the processes of each model have used, by name.
+
+    Args:
+        root: Triton's process, or one that started it.
+    """
+    found = defaultdict(float, {"triton": 0.0})
+    for pid in tree(root):
+        with suppress(OSError, IndexError):  # the process has ended
+            program, *arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if Path(program).name == "tritonserver":
+                found["triton"] += cpu_seconds(pid)
+            elif arguments and Path(arguments[0]).name == "model.py":  # …/MODEL/VERSION/model.py
+                found[Path(arguments[0]).parts[-3]] += cpu_seconds(pid)
+    return found
 
 
 def pause(root: int) -> None:

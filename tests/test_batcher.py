@@ -205,6 +205,38 @@ def test_requests_that_a_fast_engine_computes_soon_run_inline(engine: Engine) ->
     batcher.close()
 
 
+def test_the_engines_time_is_known_for_each_size_of_a_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU needs about as long for one text as for twenty. Seconds per token would say that twenty take too long."""
+    now = 0.0
+
+    def compute(tokens: Ints, lengths: Ints) -> Logits:
+        nonlocal now
+        now += 0.002 if len(tokens) < 1000 else 0.004
+        return np.zeros((len(lengths), 2), np.float32)
+
+    engine.compute = compute  # type: ignore[method-assign]
+    batcher = engine.batcher(tokens=5000, inline_seconds=0.003)
+    monkeypatch.setattr("aisle.deploy.serving.batcher.time.perf_counter", lambda: now)
+    assert batcher.try_run_inline([waiting("call", [1] * 40)]) is not None
+    for name, tokens in (("more", 60), ("twice as many", 120)):  # at most in proportion to the tokens
+        assert batcher.try_run_inline([waiting(name, [1] * tokens)]) is not None
+    assert batcher.try_run_inline([waiting("unknown", [1] * 900)]) is None
+    batcher._run(np.ones(900, int), np.array([900]))
+    assert batcher.try_run_inline([waiting("known", [1] * 900)]) is not None
+    assert batcher.try_run_inline([waiting("five", [1] * 180) for _ in range(5)]) is not None
+    batcher._run(np.ones(4000, int), np.array([4000]))
+    assert batcher.try_run_inline([waiting("too slow", [1] * 4000)]) is None
+    batcher.close()
+
+
+def test_files_wait_for_a_larger_batch_where_batches_overlap(engine: Engine) -> None:
+    batcher = engine.batcher(tokens=1000, inline_seconds=60.0, concurrency=2)
+    engine.gate.set()
+    assert batcher.try_run_inline([waiting("call", [1])]) is not None
+    assert batcher.try_run_inline([waiting("file", [1], bulk=True)]) is None
+    batcher.close()
+
+
 def test_two_batches_run_concurrently(engine: Engine) -> None:
     """The pieces of a split request end in any order; its answer keeps the order of its texts."""
     both = threading.Barrier(2, timeout=30)

@@ -1,6 +1,8 @@
 """`aisle bench gpu --dry-run` runs all its code on a CPU, so that mistakes are found before it runs on a GPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,13 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     done = aisle("bench", "gpu", "engines")
     assert done.returncode == 2
     assert "runs alone" in done.stderr
+
+
+def test_target_cuda_needs_neither_onnxruntime_nor_openvino() -> None:
+    """They may be missing on a GPU machine."""
+    code = "import sys; sys.modules.update(onnxruntime=None, openvino=None); import aisle.loadtest.bench.gpu.engines"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not gpu_problem(), reason="refusal by a machine without a GPU")

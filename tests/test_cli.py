@@ -1,7 +1,10 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from aisle.commands.command import simplify_help
 
 from .conftest import Server, aisle
 
@@ -80,3 +83,8 @@ def test_a_minimal_installation_names_the_missing_extra(tmp_path: Path, server: 
         done = aisle(*command, env=env)
         assert done.returncode == 2
         assert f"pip install 'aisle-classifier[{extra}]'" in done.stderr
+
+
+def test_the_help_works_with_a_typer_that_formats_types_itself() -> None:
+    parameter = SimpleNamespace(is_bool_flag=False)
+    assert simplify_help([parameter]) == [parameter]

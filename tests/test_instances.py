@@ -1,4 +1,4 @@
-"""How many processes tokenize."""
+"""How many processes tokenize, and how many run the engine on a GPU."""
 
 from __future__ import annotations
 
@@ -9,20 +9,37 @@ from pathlib import Path
 import pytest
 
 from aisle.build.repository import TEMPLATE
-from aisle.deploy.server import instances
+from aisle.deploy.server import instances, served_repository
 from aisle.deploy.server.installation import infer_threads
-from aisle.deploy.server.instances import Tokenizers
+from aisle.deploy.server.instances import Tokenizers, with_instances
+from aisle.deploy.server.served_repository import ServedRepository
 
 
 @pytest.mark.parametrize(
     ("config", "cores", "processes", "threads"),
-    [("", 1, 1, 1), ("", 2, 1, 2), ("", 32, 4, 8), ("gpu", 2, 4, 1), ("gpu", 16, 8, 2), ("mine", 16, 2, 8)],
+    [("", 1, 1, 1), ("", 2, 1, 2), ("", 32, 4, 8), ("gpu", 2, 4, 1), ("gpu", 32, 8, 4), ("mine", 16, 2, 8)],
 )
 def test_tokenizers_by_cores_and_configuration(config: str, cores: int, processes: int, threads: int) -> None:
     chosen = Tokenizers.choose(config, cores)
     assert (chosen.processes, chosen.threads) == (processes, threads)
-    text = chosen.configure((TEMPLATE / "tokenizer" / "config.pbtxt").read_text("utf-8"))
+    text = with_instances((TEMPLATE / "tokenizer" / "config.pbtxt").read_text("utf-8"), chosen.processes)
     assert f"instance_group [ {{ count: {processes} kind: KIND_CPU }} ]" in text
+
+
+@pytest.mark.parametrize(("cores", "gpus", "processes"), [(2, 1, 1), (10, 1, 2), (16, 1, 3), (64, 1, 3), (16, 2, 1)])
+def test_encoders_by_cores_and_gpus(
+    cores: int, gpus: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(gpus):
+        (tmp_path / f"nvidia{number}").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(instances, "DEVICES", tmp_path)
+    monkeypatch.setattr(served_repository, "cores", lambda: cores)
+    served = ServedRepository(tmp_path / "repository", tmp_path / "served", "gpu")
+    config = (tmp_path / "served" / "encoder" / "config.pbtxt").read_text("utf-8")
+    assert f"instance_group [ {{ count: {processes} kind: KIND_GPU }} ]" in config
+    assert f", {processes} encoder process" in served.describe()
+    assert "encoder" not in ServedRepository(tmp_path / "repository", tmp_path / "on cpu", "").describe()
 
 
 def test_a_containers_cpu_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

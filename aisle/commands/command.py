@@ -158,7 +158,7 @@ def simplify_help(params: Iterable[Any]) -> list[Any]:
         if getattr(param, "is_bool_flag", False):
             param.display_type_rich = _no_type
             param.show_default = param.show_default and param.default is not False
-        elif "display_type_rich" not in vars(param):
+        elif "display_type_rich" in dir(param) and "display_type_rich" not in vars(param):  # older typers lack it
             param.display_type_rich = partial(_plain_type, param.display_type_rich)
     return shown
 

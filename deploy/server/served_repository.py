@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from aisle.build.repository import PYTHON_MODELS, TEMPLATE, check_version, version_fingerprint
-from aisle.deploy.server.instances import Tokenizers, cores
+from aisle.deploy.server.instances import Tokenizers, cores, encoders, gpus, with_instances
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 from aisle.preprocess import fields
@@ -59,12 +59,21 @@ class ServedRepository:
             raise InputError(f"no model has a configuration {config_name!r}; there is {', '.join(sorted(own))}")
         # None if a named configuration sets the number of processes.
         self.tokenizers = None if self._named_config("tokenizer") else Tokenizers.choose(config_name, cores())
+        self.encoders = encoders(cores(), gpus()) if config_name == "gpu" else None  # on each GPU
+        counts = {"tokenizer": self.tokenizers and self.tokenizers.processes, "encoder": self.encoders}
         for model in PYTHON_MODELS:
             (folder / model).mkdir(parents=True)
             config = self._config(model)
-            if model == "tokenizer" and self.tokenizers:
-                config = self.tokenizers.configure(config)
+            if count := counts.get(model):
+                config = with_instances(config, count)
             self._configure(model, config + "\nversion_policy { all { } }\n")
+
+    def describe(self) -> str:
+        """Return which numbers of processes were chosen, for people."""
+        encoders = (
+            f", {self.encoders} encoder process{'es' if self.encoders > 1 else ''} per GPU" if self.encoders else ""
+        )
+        return f"{encoders}, {self.tokenizers.describe()}" if self.tokenizers else encoders
 
     def add_version(self, version: int) -> None:
         """Add a version to all steps.

@@ -68,9 +68,8 @@ def _keep_running(options: ServerOptions, status: Status) -> int:
 
 def watch(triton: Triton, options: ServerOptions, status: Status) -> tuple[int, Release]:
     """Supervise Triton until it ends; return its exit code and the release to start the next Triton with."""
-    tokenizers = f", {triton.served.tokenizers.describe()}" if triton.served.tokenizers else ""
     gate = _gate(options.repository, triton.release.live)
-    say(f"ready: {options.describe()}{tokenizers}, version {triton.release.live}{gate}")
+    say(f"ready: {options.describe()}{triton.served.describe()}, version {triton.release.live}{gate}")
     supervisor = Supervisor(triton, options, status)
     watch_over(triton)
     supervisor.run()

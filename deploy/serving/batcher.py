@@ -24,6 +24,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 INLINE_TOKENS = 128  # interactive requests with at most this many tokens run inline; that takes no longer than a batch
+SIZES = 32  # more bits than any number of tokens in a batch has
 INLINE_SECONDS = 0.003  # requests that the engine computes in this time run inline, with any number of tokens
 
 
@@ -114,7 +115,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._engine = threading.BoundedSemaphore(concurrency)  # held while the engine computes
         self._inline_seconds = inline_seconds
-        self._seconds_per_token: float | None = None  # moving average
+        self._overlaps = concurrency > 1
+        self._seconds = [math.inf] * SIZES  # moving average of the engine's time, by the bits of the number of tokens
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"batcher {number}", daemon=True) for number in range(concurrency)
@@ -156,9 +158,19 @@ class Batcher:
     def _fits_inline(self, group: Sequence[QueuedRequest]) -> bool:
         """Return whether the engine is fast enough on these requests that others, arriving meanwhile, hardly wait."""
         tokens, texts = sum(len(each.tokens) for each in group), sum(len(each.lengths) for each in group)
-        if self._seconds_per_token is not None and tokens * self._seconds_per_token <= self._inline_seconds:
+        bulk = any(each.bulk for each in group)
+        if bulk and self._overlaps:
+            return (
+                False  # requests of a file form larger batches in the queue, and the host prepares the next meanwhile
+            )
+        if self._estimate(tokens) <= self._inline_seconds:
             return tokens <= self._tokens and texts <= self._texts
-        return tokens <= INLINE_TOKENS and not any(each.bulk for each in group)
+        return tokens <= INLINE_TOKENS and not bulk
+
+    def _estimate(self, tokens: int) -> float:
+        """Return the engine's seconds for a batch, as an upper bound: they grow at most in proportion to the tokens."""
+        size = tokens.bit_length()
+        return min(each * 2.0 ** max(0, size - known) for known, each in enumerate(self._seconds))
 
     def close(self) -> None:
         """Compute all queued requests, then end the threads."""
@@ -195,9 +207,9 @@ class Batcher:
     def _run(self, tokens: Ints, lengths: Ints) -> Logits:
         start = time.perf_counter()
         logits = self._compute(tokens, lengths)
-        seconds_per_token = (time.perf_counter() - start) / len(tokens)
-        average = self._seconds_per_token
-        self._seconds_per_token = seconds_per_token if average is None else 0.9 * average + 0.1 * seconds_per_token
+        seconds, size = time.perf_counter() - start, len(tokens).bit_length()
+        average = self._seconds[size]
+        self._seconds[size] = seconds if average == math.inf else 0.9 * average + 0.1 * seconds
         return logits
 
     def _next(self) -> list[Piece]:

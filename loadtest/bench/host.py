@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import shutil
@@ -36,7 +35,7 @@ from aisle.files import write_json
 from aisle.loadtest.bench.paired import Paired, ratios
 from aisle.loadtest.generator import Load, checked, closed, closed_blocking, percentile, streamed
 from aisle.loadtest.locust.run import frame, read_h2load
-from aisle.loadtest.processes import all_paused, awake, pause, resume
+from aisle.loadtest.processes import all_paused, awake, cpu_of_steps, pause, resume
 from aisle.plots import legend
 from aisle.preprocess import fast
 from aisle.report import Page
@@ -47,7 +46,6 @@ LABELS = 10
 BATCH = 64  # texts per request of a file
 ASYNCIO_CALLS = 64  # concurrent calls of the Python client
 H2LOAD_CALLS = (64, 256)  # concurrent calls of h2load
-TICKS = os.sysconf("SC_CLK_TCK")
 ECHO_CONFIG = f"""name: "{MODEL}"
 backend: "python"
 max_batch_size: 64
@@ -118,10 +116,10 @@ class Workload:
 
     def run(self, service: Service) -> dict[str, Any]:
         """Send to a server; return the figures, and the CPU time of each process per request, in microseconds."""
-        before, own = processes(service.pid), time.process_time()
+        before, own = cpu_of_steps(service.pid), time.process_time()
         found = self.send(service)
         count = found["requests"]
-        cpu = {name: 1e6 * (used - before.get(name, 0.0)) / count for name, used in processes(service.pid).items()}
+        cpu = {name: 1e6 * (used - before.get(name, 0.0)) / count for name, used in cpu_of_steps(service.pid).items()}
         cpu["client"] = found.pop("client_us", 1e6 * (time.process_time() - own) / count)
         return {**found, "cpu_us": cpu}
 
@@ -188,24 +186,6 @@ def _files(service: Service, texts: Sequence[str], seconds: float) -> dict[str, 
     with Classifier(service.url, timeout=60) as classifier:
         load = streamed(classifier.stream, texts, 1, seconds, BATCH, lambda answer: isinstance(answer, Failure))
     return _counted(checked(load))
-
-
-def processes(pid: int) -> dict[str, float]:
-    """Return the CPU seconds of Triton's own process and of each step's processes, by name."""
-    found: defaultdict[str, float] = defaultdict(float)
-    found["triton"] = _seconds(pid)
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, children.read_text().split()):
-                with contextlib.suppress(OSError, IndexError):
-                    model = Path(Path(f"/proc/{child}/cmdline").read_text().split("\0")[1])  # …/MODEL/VERSION/model.py
-                    found[model.parts[-3]] += _seconds(child)
-    return found
-
-
-def _seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 @contextmanager

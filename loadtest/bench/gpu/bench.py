@@ -18,6 +18,7 @@ from typing import Any
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
+from aisle.report import Page  # a missing package is reported at the start
 
 # The time limit of each part in seconds, in the order of running: first the inputs of all others, then by importance.
 LIMITS = {
@@ -31,6 +32,7 @@ LIMITS = {
     "padded": 60,
     "load-fp8": 75,
     "service-fp8": 120,
+    "train": 60,
     "dynamic-batching": 75,
     "sentence-transformers": 60,
     "packed": 75,
@@ -51,6 +53,7 @@ COLUMNS = {
     "agreement": "agreement",
     "seconds": "s",
     "memory_mib": "MiB",
+    "cores": "cores",
     "error": "error",
 }
 
@@ -184,8 +187,6 @@ def _driver() -> str:
 
 
 def _page(result: dict[str, Any], path: Path) -> None:
-    from aisle.report import Page
-
     machine = result["machine"]
     page = Page(
         "GPU bench",

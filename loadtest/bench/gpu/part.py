@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aisle.loadtest.bench.gpu import engines, service
+from aisle.loadtest.bench.gpu import engines, service, training
 from aisle.loadtest.bench.gpu.engines import Bench, Row
 
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -24,6 +24,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "load-fp8": engines.load("fp8"),
     "service-fp16": service.served("fp16"),
     "service-fp8": service.served("fp8"),
+    "train": training.train,
     "sentence-transformers": service.sentence_transformers,
     "dynamic-batching": service.dynamic_batching,
 }

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from aisle.deploy.server.triton import free_ports
@@ -21,9 +22,19 @@ from aisle.errors import ServerError
 from aisle.loadtest.bench.gpu.engines import Bench, Row
 from aisle.loadtest.bench.gpu.measure import device
 from aisle.loadtest.generator import checked, closed, percentile
+from aisle.loadtest.processes import cpu_of_steps, tree
 
 START_SECONDS = 90.0
-CLIENT_START_SECONDS = 4.0
+CLIENT_START_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    metrics: str  # the address of its metrics
+    pid: int
 
 
 def served(precision: str) -> Callable[[Bench], Iterator[Row]]:
@@ -31,23 +42,23 @@ def served(precision: str) -> Callable[[Bench], Iterator[Row]]:
 
     def part(bench: Bench) -> Iterator[Row]:
         start = time.perf_counter()
-        with _server(bench, precision) as url:
+        with _server(bench, precision) as server:
             yield {
                 "system": "Triton, start until ready",
                 "precision": precision,
                 "seconds": time.perf_counter() - start,
             }
-            yield _load(bench, url, precision, "calls", processes=1, callers=1)
+            yield _load(bench, server, precision, "calls", processes=1, callers=1)
             for processes in [1] if bench.dry else [4, 8]:
-                yield _load(bench, url, precision, "files", processes=processes, callers=1)
+                yield _load(bench, server, precision, "files", processes=processes, callers=1)
             for callers in [4] if bench.dry else [64, 256]:
-                yield _load(bench, url, precision, "calls", processes=1 if bench.dry else 8, callers=callers)
+                yield _load(bench, server, precision, "calls", processes=1 if bench.dry else 8, callers=callers)
 
     return part
 
 
 @contextmanager
-def _server(bench: Bench, precision: str) -> Iterator[str]:
+def _server(bench: Bench, precision: str) -> Iterator[Server]:
     """Run `aisle serve` on the built version; its log stays in the work folder."""
     grpc, metrics = free_ports(2)
     name = ["--model-config-name", "gpu"] if device().type == "cuda" else []
@@ -59,11 +70,12 @@ def _server(bench: Bench, precision: str) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(f"http://127.0.0.1:{metrics}/metrics"):
+        address = f"http://127.0.0.1:{metrics}/metrics"
+        while not _answers(address):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise ServerError(f"the server did not start: {log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.2)
-        yield f"127.0.0.1:{grpc}"
+        yield Server(f"127.0.0.1:{grpc}", address, server.pid)
     finally:
         _end(server)
 
@@ -77,31 +89,35 @@ def _answers(address: str) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its whole group: a remaining process would keep the port and the GPU."""
+    """End a process and all its descendants: a remaining process would keep the port and the GPU."""
+    started = tree(process.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(15)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    for pid in started:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def _load(bench: Bench, url: str, precision: str, kind: str, processes: int, callers: int) -> Row:
-    """Send from several processes at once; return their combined figures."""
-    seconds = 1.0 if bench.dry else 6.0
+def _load(bench: Bench, server: Server, precision: str, kind: str, processes: int, callers: int) -> Row:
+    """Send from several processes at once; return their combined figures, and what the server's steps did."""
+    seconds = 1.0 if bench.dry else 5.0
+    begin = time.time() + CLIENT_START_SECONDS
     settings = {
-        "url": url,
+        "url": server.url,
         "texts": str(bench.work / "texts.json"),
         "kind": kind,
         "callers": max(1, callers // processes),
         "seconds": seconds,
-        "begin": time.time() + CLIENT_START_SECONDS,
+        "begin": begin,
     }
     clients = []
     for number in range(processes):
         own = json.dumps({**settings, "first": number * (50 if bench.dry else 2000)})
         command = [bench.settings["server_python"], "-m", "aisle.loadtest.bench.gpu.client", own]
         clients.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    seen = _watch(server, begin + 0.1 * seconds, 0.8 * seconds)
     found, errors = [], []
     for client in clients:
         out, error = client.communicate(timeout=CLIENT_START_SECONDS + seconds + 60)
@@ -116,10 +132,38 @@ def _load(bench: Bench, url: str, precision: str, kind: str, processes: int, cal
         "precision": precision,
         "texts_per_second": sum(each["texts_per_second"] for each in found),
         "failures": sum(each["failures"] for each in found) + len(errors),
+        **seen,
     }
     if latencies:
         row |= {"p50_ms": 1e3 * percentile(latencies, 50), "p99_ms": 1e3 * percentile(latencies, 99)}
     return {**row, "error": errors[0]} if errors else row
+
+
+def _watch(server: Server, begin: float, seconds: float) -> Row:
+    """Wait for the time `begin`; return the cores that each step uses in the next `seconds`, and texts per batch."""
+    time.sleep(max(0.0, begin - time.time()))
+    before, start = cpu_of_steps(server.pid), time.perf_counter()
+    texts, batches = _engine_work(server)
+    time.sleep(seconds)
+    after, passed = cpu_of_steps(server.pid), time.perf_counter() - start
+    more_texts, more_batches = _engine_work(server)
+    cores = {name: (used - before.get(name, 0.0)) / passed for name, used in sorted(after.items())}
+    return {
+        "cores": ", ".join(f"{name} {used:.1f}" for name, used in cores.items()),
+        "batch": round((more_texts - texts) / max(1.0, more_batches - batches), 1),
+    }
+
+
+def _engine_work(server: Server) -> tuple[float, float]:
+    """Return how many texts and batches the engine has computed."""
+    with urllib.request.urlopen(server.metrics, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    sums = {"nv_inference_count": 0.0, "aisle_engine_batches_total": 0.0}
+    for line in lines:
+        name = line.partition("{")[0]
+        if name in sums and (name.startswith("aisle") or 'model="encoder"' in line):
+            sums[name] += float(line.rpartition(" ")[2])
+    return sums["nv_inference_count"], sums["aisle_engine_batches_total"]
 
 
 def sentence_transformers(bench: Bench) -> Iterator[Row]:
