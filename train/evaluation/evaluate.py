@@ -62,19 +62,12 @@ def evaluate(
         source.check_fields(text_column)
         labelling = labelling.after(source.labelling)
     if source.multi_label if source else _serves_multi_label(url):
-        if baselines:
-            raise InputError("--baselines gives a text one category, but the model is multi-label; leave it out")
         from aisle.train.evaluation.multi_label import evaluate_multi_label
 
+        if baselines:
+            raise InputError("--baselines gives a text one category, but the model is multi-label; leave it out")
         return evaluate_multi_label(
-            data,
-            text_column,
-            label_column,
-            source=source,
-            url=url,
-            held_out=held_out,
-            report=report,
-            labelling=labelling,
+            data, text_column, label_column, labelling, source=source, url=url, held_out=held_out, report=report
         )
     texts, labels, skipped = read_scorable(data, text_column, label_column, held_out)
     answers, known, speed = _predict(source, url, texts, [*labels, *labelling.apply(labels)])

@@ -47,12 +47,12 @@ def evaluate_multi_label(
     data: Path,
     text_column: str,
     label_column: str,
+    labelling: Labelling,
     *,
     source: Checkpoint | None,
     url: str,
     held_out: bool,
     report: Path | None,
-    labelling: Labelling,
 ) -> dict[str, Any]:
     """Measure as `evaluate` does, on a table that is cleaned as in training: copies of a text are one text.
 
