@@ -334,6 +334,8 @@ def test_served_categories_are_the_checkpoints(
         assert_same([classifier.classify([text])[0] for text in texts[-3:]], expected[-3:])
         none = classifier.classify([NOISE])[0]
         assert (none.categories, none.category, none.confidence) == ((), "", 0.0)
+        vectors = classifier.embed(texts)
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
 
 
 def test_top_k_gives_the_most_probable_categories(
@@ -462,6 +464,7 @@ def test_unknown_categories_are_counted_apart(multi: Path, tmp_path: Path) -> No
     "arguments",
     [
         "frontier CHECKPOINT TABLE",
+        "bench engines --checkpoint CHECKPOINT",
         "explain 苹果 --checkpoint CHECKPOINT",
         "explain --check TABLE --checkpoint CHECKPOINT",
         "explain 苹果 --url SERVER",
