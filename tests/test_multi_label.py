@@ -512,6 +512,11 @@ def test_a_comparison_with_a_multi_label_version_is_refused(repository: Path, mu
 
 
 def test_sets_without_the_option_are_pointed_out(table: Path, tmp_path: Path) -> None:
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text("".join(json.dumps({"text": text, "category": names}) + "\n" for text, names in rows_of(9)))
+    done = aisle("train", lists, "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "if they are lists of categories, give --multi-label" in done.stderr
     done = aisle("clean", table, "-o", tmp_path / "clean.csv")
     assert done.returncode == 0
     assert "use aisle train --multi-label" in done.stderr

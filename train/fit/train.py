@@ -73,6 +73,8 @@ def train(
         check_multi_label(settings)
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
+    if not table.texts and "label not text" in cleaning.dropped:
+        raise InputError(f"{data}: no label is a text; if they are lists of categories, give --multi-label")
     made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
     made_from |= labelling.metadata()
     groups = groups_in(data, text_column, label_column, settings)
