@@ -42,7 +42,7 @@ from aisle.files import write_json
 from aisle.preprocess import fast, fields
 from aisle.preprocess.pack import WIDEST
 from aisle.preprocess.tables.table import fingerprint
-from aisle.train.core import decisions, sample
+from aisle.train.core import decisions, multi_label, sample
 from aisle.train.core.checkpoint import Checkpoint
 
 
@@ -92,7 +92,8 @@ def build(
                 "--target cuda"
             )
         texts, columns = _tables(checkpoint, data, held_out)
-        made_with = recipe(spec, gate, [*texts, checkpoint / decisions.FILE], columns, options)
+        fitted = checkpoint / (multi_label.FILE if loaded.multi_label else decisions.FILE)
+        made_with = recipe(spec, gate, [*texts, fitted], columns, options)
         if (number := _built_before(repository, made_with)) is not None:
             say(f"version {number} is this same engine; nothing to do")
             return _result(number, spec, reused=True)
@@ -129,6 +130,8 @@ def _write_text_files(inputs: BuildInputs, checkpoint: Path, folders: dict[str, 
     shutil.copyfile(checkpoint / "labels.json", folders["encoder"] / "labels.json")
     if inputs.checkpoint.decisions:
         inputs.checkpoint.decisions.save(folders["encoder"])
+    if inputs.checkpoint.thresholds:
+        inputs.checkpoint.thresholds.save(folders["encoder"])
 
 
 def _gate_error(row: dict[str, Any], gate: Gate, message: str) -> GateError:
@@ -189,7 +192,8 @@ def _keep_layers_in_fp16(
     Mostly few layers are enough, so 1, 2, 4, … layers are tried, and then the numbers between the last two. If all
     layers but one are not enough, all stay in fp16.
     """
-    say(f"agreement {row['agreement']:.2%}, macro-F1 loss {row['f1_loss']:.2%}: some layers must stay in fp16")
+    mean = "micro" if "micro_f1" in row else "macro"
+    say(f"agreement {row['agreement']:.2%}, {mean}-F1 loss {row['f1_loss']:.2%}: some layers must stay in fp16")
     names = [name for name, _ in ranking]
     attempts: list[tuple[int, dict[str, Any]]] = []
 

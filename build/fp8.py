@@ -15,6 +15,7 @@ from aisle.build.quantize import Ranges, divergence, linears, logits, run
 from aisle.build.varlen import Fp8Linear, VarlenEncoder
 from aisle.console import track
 from aisle.preprocess.pack import Packed
+from aisle.train.core.multi_label import is_multi_label
 
 # Served texts may slightly exceed the calibrated range. A larger scale costs a float format no precision.
 HEADROOM = 1.25
@@ -56,6 +57,6 @@ def sensitivity(model: Any, largest: Ranges, batches: Sequence[Packed]) -> list[
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):
         graph.set_submodule(name, Fp8Linear.of(layer, HEADROOM * largest[name]))
-        losses.append((name, divergence(expected, logits(graph, batches))))
+        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config))))
         graph.set_submodule(name, layer)
     return sorted(losses, key=lambda each: -each[1])

@@ -15,8 +15,10 @@ from torch import nn
 from aisle.build.engine import Engine
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.preprocess.label_sets import Flags, indicators
 from aisle.train.core.decisions import Decisions
-from aisle.train.core.metrics import score
+from aisle.train.core.metrics import score, score_sets
+from aisle.train.core.multi_label import Thresholds
 
 Logits = npt.NDArray[np.float32]
 FULL_BATCH = 64
@@ -35,8 +37,8 @@ class GateError(Exception):
 class Gate:
     """Thresholds that an engine must meet, as shares from 0 to 1."""
 
-    agreement: float  # smallest allowed share of texts whose top category is the checkpoint's
-    f1_loss: float  # largest allowed loss of macro-F1
+    agreement: float  # smallest allowed agreement with the checkpoint's categories; see `accuracy`
+    f1_loss: float  # largest allowed loss of macro-F1; of micro-F1, if the model is multi-label
 
     def passes(self, row: dict[str, Any]) -> bool:
         """Return whether the measurements of `accuracy` meet the thresholds."""
@@ -64,6 +66,7 @@ class HeldOut:
     expected: Logits  # [texts, categories]
     seen_in_training: int = 0  # number of these texts that training saw; above 0 only for small tables
     decisions: Decisions | None = None  # of the checkpoint
+    thresholds: Thresholds | None = None  # of a multi-label checkpoint, whose labels are sets of categories
 
     def __post_init__(self) -> None:
         """Refuse a checkpoint whose own logits are NaN or infinite: nothing can be compared with it."""
@@ -78,10 +81,23 @@ def accuracy(logits: Logits, held_out: HeldOut) -> dict[str, float]:
 
     `decision_agreement`, if the checkpoint has decisions, is the share of texts with the same decision; it is no gate.
 
+    For a multi-label model, see `_set_accuracy`.
+
     A text with a logit that is not finite is counted in `not_finite` and never agrees. One such text fails the gate.
     """
     finite = np.isfinite(logits).all(axis=1)
     logits = np.where(finite[:, None], logits, 0)
+    measure = _set_accuracy if held_out.thresholds else _category_accuracy
+    return {
+        **measure(logits, finite, held_out),
+        "not_finite": int((~finite).sum()),
+        "seen_in_training": held_out.seen_in_training,
+        "largest_logit_error": float(np.abs(logits - held_out.expected)[finite].max(initial=0.0)),
+    }
+
+
+def _category_accuracy(logits: Logits, finite: Flags, held_out: HeldOut) -> dict[str, float]:
+    """Return what `accuracy` measures of one category per text."""
     best = [each.argmax(1) for each in (held_out.expected, logits)]
     named = [[held_out.names[i] for i in each] for each in best]
     named[1] = [name if known else "" for name, known in zip(named[1], finite, strict=True)]
@@ -89,17 +105,34 @@ def accuracy(logits: Logits, held_out: HeldOut) -> dict[str, float]:
     agreement = {"agreement": float((finite & (best[0] == best[1])).mean())}
     if held_out.decisions:
         agreement["decision_agreement"] = _same_decisions(held_out.decisions, held_out.expected, logits, finite)
+    macro_f1 = [each["macro_f1"] for each in scores]
+    return {**agreement, "macro_f1": macro_f1[1], "f1_loss": macro_f1[0] - macro_f1[1]}
+
+
+def _set_accuracy(logits: Logits, finite: Flags, held_out: HeldOut) -> dict[str, float]:
+    """Return what `accuracy` measures of the sets of categories that a multi-label model gives.
+
+    `agreement` is the mean over the texts of the shared part of both sets: the categories that both give, of those that
+    either gives (Jaccard). It is 1 if the sets are equal. `same_sets` is the share of texts with equal sets. `f1_loss`
+    is the loss of micro-F1.
+    """
+    assert held_out.thresholds
+    assigned = [held_out.thresholds.apply(each) for each in (held_out.expected, logits)]
+    before, now = assigned[0].reached, assigned[1].reached
+    now &= finite[:, None]
+    either = (before | now).sum(axis=1)
+    shared = np.where(either, (before & now).sum(axis=1) / np.maximum(either, 1), 1.0)
+    actual = indicators(held_out.labels, held_out.names)
+    scores = [score_sets(actual, each, held_out.names) for each in assigned]
     return {
-        **agreement,
-        "not_finite": int((~finite).sum()),
-        "seen_in_training": held_out.seen_in_training,
-        "macro_f1": scores[1]["macro_f1"],
-        "f1_loss": scores[0]["macro_f1"] - scores[1]["macro_f1"],
-        "largest_logit_error": float(np.abs(logits - held_out.expected)[finite].max(initial=0.0)),
+        "agreement": float((shared * finite).mean()),
+        "same_sets": float(((before == now).all(axis=1) & finite).mean()),
+        **{name: scores[1][name] for name in ("micro_f1", "macro_f1")},
+        "f1_loss": scores[0]["micro_f1"] - scores[1]["micro_f1"],
     }
 
 
-def _same_decisions(decisions: Decisions, expected: Logits, logits: Logits, finite: npt.NDArray[np.bool_]) -> float:
+def _same_decisions(decisions: Decisions, expected: Logits, logits: Logits, finite: Flags) -> float:
     """Return the share of texts that get the same decision and category from the engine as from the checkpoint."""
     before, now = decisions.apply(expected), decisions.apply(logits)
     return float((finite & (before.outcome == now.outcome) & (before.category == now.category)).mean())

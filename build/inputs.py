@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from aisle.build import fp8, quantize
 from aisle.build.gate import HeldOut
@@ -18,6 +19,7 @@ from aisle.build.graph import PackedEncoder
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, prepare
+from aisle.preprocess.label_sets import joined
 from aisle.preprocess.pack import Packed, pack
 from aisle.preprocess.tables.table import column, read_rows
 from aisle.preprocess.values import TextError
@@ -90,8 +92,16 @@ class BuildInputs:
         tokens = self.tokenizer.tokens([texts[i] for i in order])
         expected = logits_of(self.model, tokens, "running the checkpoint in PyTorch")
         known = self.sample.held_out.labels
-        labels = [known[i] for i in order] if known else [self.labels[i] for i in expected.argmax(1)]
-        return HeldOut(tokens, labels, self.labels, expected, self.seen_in_training, self.checkpoint.decisions)
+        labels = [known[i] for i in order] if known else self._own_answers(expected)
+        own = self.checkpoint
+        return HeldOut(tokens, labels, self.labels, expected, self.seen_in_training, own.decisions, own.thresholds)
+
+    def _own_answers(self, logits: npt.NDArray[np.float32]) -> list[str]:
+        """Return the checkpoint's own labels of texts with these logits [texts, labels]."""
+        thresholds = self.checkpoint.thresholds
+        if thresholds:
+            return [joined(names) for names in thresholds.named(thresholds.apply(logits).reached)]
+        return [self.labels[i] for i in logits.argmax(1)]
 
     @cached_property
     def validation(self) -> list[Packed]:
@@ -107,7 +117,7 @@ class BuildInputs:
         losses = {}
         for method, found in ranges.items():
             actual = quantize.logits(quantize.quantized(PackedEncoder(self.model), found), self.validation)
-            losses[method] = quantize.divergence(expected, actual)
+            losses[method] = quantize.divergence(expected, actual, self.checkpoint.multi_label)
         best = min(losses, key=losses.__getitem__)
         say(f"calibration: {best} (divergence: {', '.join(f'{name} {loss:.2g}' for name, loss in losses.items())})")
         return ranges[best], losses

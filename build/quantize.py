@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from aisle.build.graph import PackedEncoder
 from aisle.console import track
 from aisle.preprocess.pack import Packed
+from aisle.train.core.binary import binary_divergence
+from aisle.train.core.multi_label import is_multi_label
 
 METHODS = ("minmax", "percentile", "entropy")
 MIN_SCALE = 2.0**-14  # the smallest normal fp16 number; a channel with a smaller scale has no influence
@@ -123,18 +125,21 @@ def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[t
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):
         graph.set_submodule(name, Int8Linear(layer, ranges[name]))
-        losses.append((name, divergence(expected, logits(graph, batches))))
+        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config))))
         graph.set_submodule(name, layer)
     return sorted(losses, key=lambda each: -each[1])
 
 
-def divergence(expected: Tensor, actual: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence, in nats, between softmaxes of logits [texts, labels].
+def divergence(expected: Tensor, actual: Tensor, multi_label: bool = False) -> float:
+    """Return the mean Kullback-Leibler divergence between the probabilities of logits [texts, labels], in nats.
 
-    Logits that are not finite give `MAX_DIVERGENCE`.
+    These are softmaxes; of a multi-label model, sigmoids. Logits that are not finite give `MAX_DIVERGENCE`.
     """
-    log = F.log_softmax(actual, 1), F.log_softmax(expected, 1)
-    found = F.kl_div(*log, reduction="batchmean", log_target=True).item()
+    if multi_label:
+        found = binary_divergence(expected, actual).mean().item()
+    else:
+        log = F.log_softmax(actual, 1), F.log_softmax(expected, 1)
+        found = F.kl_div(*log, reduction="batchmean", log_target=True).item()
     return found if math.isfinite(found) else MAX_DIVERGENCE
 
 

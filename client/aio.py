@@ -73,7 +73,9 @@ class AsyncClassifier(Connection):
         if transport := self._transports.pop(asyncio.get_running_loop(), None):
             await transport.channel.close()
 
-    async def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
+    async def classify(
+        self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False
+    ) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order; see `Classifier.classify`."""
         wanted = wire.wanted_categories(top_k, decisions)
         return await self._ask(texts, lambda batch: self._classify_batch(batch, wanted))
@@ -104,7 +106,11 @@ class AsyncClassifier(Connection):
         return found
 
     def stream(
-        self, texts: Iterable[Text | None] | AsyncIterable[Text | None], top_k: int = 1, *, decisions: bool = False
+        self,
+        texts: Iterable[Text | None] | AsyncIterable[Text | None],
+        top_k: int | None = None,
+        *,
+        decisions: bool = False,
     ) -> AsyncGenerator[Prediction | Failure, None]:
         """Yield an answer for each text, in the same order; see `Classifier.stream`.
 
@@ -162,7 +168,7 @@ class AsyncClassifier(Connection):
     async def max_batch(self, bulk: bool = False) -> int:
         """The server's limit of texts in one request."""
         if self._max_batch is None:
-            self._max_batch = wire.max_batch(await self._fetch_config(bulk))
+            self._max_batch = self._checked_max_batch(await self._fetch_config(bulk))
         return self._max_batch
 
     async def category_counts(self) -> dict[int, int]:

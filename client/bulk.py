@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -19,6 +19,7 @@ from aisle.client.protocol import Failure, Prediction
 from aisle.client.wire import Wanted
 from aisle.errors import InputError
 from aisle.preprocess.fields import columns_of
+from aisle.preprocess.labels import BAR
 from aisle.preprocess.tables.opening import STDIO, Reading, reading
 from aisle.preprocess.tables.sheets import require_fit
 from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_rows, to_send
@@ -47,7 +48,7 @@ class _Models:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._known, self.have_decisions, self.fields = classifier.models(bulk=True)
+        self._known, self.have_decisions, self.fields, self.multi_label = classifier.models(bulk=True)
 
     def of(self, version: int) -> str:
         """Return the fingerprint of a version's model; empty if the server does not tell."""
@@ -61,12 +62,15 @@ def classify_file(
     source: Path,
     out: Path,
     text_column: str,
-    top_k: int,
+    top_k: int | None,
     track: Track = lambda rows, _: rows,
     *,
     decisions: bool | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
+
+    Of a multi-label model, a row gets all categories that reach their thresholds, unless there is a `top_k`: as lists
+    in JSON and Parquet, otherwise separated by `|`.
 
     If `MANY_UNKNOWN` or more of a text's tokens are unknown to the model, its row gets a warning too.
 
@@ -92,14 +96,15 @@ def classify_file(
     wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
     # Fails early if the server is unreachable, or has too few categories or no decisions.
     classifier.probe(top_k, decisions=wanted.decisions, bulk=True)
-    added = _added_types(wanted)
+    sets = models.multi_label and top_k is None
+    added = _set_types(kind) if sets else _added_types(wanted)
     names = _renames(columns, added)
     found: Counter[str] = Counter()
     try:
         with _open_journal(out) as (path, journal):
-            done = _resume(journal, path, _job(source, text_column, wanted))
+            done = _resume(journal, path, _job(source, text_column, wanted, sets))
             answers = track(_answers(classifier, source, text_column, wanted, done.rows), total - done.rows)
-            versions = _record(answers, journal, path, done, models)
+            versions = _record(answers, journal, path, done, models, _set_columns if sets else _answer_columns)
             with replacing(out) as writing:
                 write_edited(source, writing, partial(_edits, path, added, found), columns, added, names, kind)
             path.unlink()
@@ -133,10 +138,12 @@ def _journal_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _job(source: Path, text_column: str, wanted: Wanted) -> dict[str, Any]:
+def _job(source: Path, text_column: str, wanted: Wanted, sets: bool) -> dict[str, Any]:
     """Return what the answers depend on. A journal of another job is refused."""
     job: dict[str, Any] = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column}
-    job |= {"top_k": wanted.top_k, "form": "answers"}  # the journal of an older release holds whole rows
+    job |= {"top_k": wanted.top_k or 1, "form": "answers"}  # the journal of an older release holds whole rows
+    if sets:
+        job["sets"] = True
     if wanted.decisions:
         job["decisions"] = True
     return job if reading() == Reading() else {**job, "reading": repr(reading())}
@@ -156,12 +163,17 @@ def _open_journal(out: Path) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def _record(
-    answers: Iterable[Prediction | Failure], journal: IO[bytes], path: Path, done: Progress, models: _Models
+    answers: Iterable[Prediction | Failure],
+    journal: IO[bytes],
+    path: Path,
+    done: Progress,
+    models: _Models,
+    columns_of_answer: Callable[[Prediction | Failure], Row],
 ) -> Counter[int]:
     """Write answers to the journal; return the number of answers of each version of the model."""
     versions: Counter[int] = Counter()
     for answer in answers:
-        row = _answer_columns(answer)
+        row = columns_of_answer(answer)
         if isinstance(answer, Prediction):
             row["model"] = models.of(answer.version)
             if not versions:
@@ -172,12 +184,17 @@ def _record(
     return versions
 
 
-def _edits(path: Path, added: Iterable[str], found: Counter[str]) -> Iterator[Row]:
+def _edits(path: Path, added: Mapping[str, type], found: Counter[str]) -> Iterator[Row]:
     """Yield the new columns of each row, and count errors and warnings."""
     found.clear()  # this is called twice for Parquet
     for row in _read_journal(path):
         found.update(name for name in ("error", "warning") if row.get(name) is not None)
-        yield {name: row.get(name) for name in added}
+        yield {name: _in_type(row.get(name), kind) for name, kind in added.items()}
+
+
+def _in_type(value: Any, kind: type) -> Any:
+    """Return a value of the journal for a column; a list becomes one text where a column cannot hold lists."""
+    return BAR.join(map(str, value)) if isinstance(value, list) and kind is str else value
 
 
 def _answers(
@@ -342,11 +359,26 @@ def _names(rank: int) -> tuple[str, str]:
 def _added_types(wanted: Wanted) -> dict[str, type]:
     """Return the added columns with their types."""
     types: dict[str, type] = {}
-    for rank in range(1, wanted.top_k + 1):
+    for rank in range(1, (wanted.top_k or 1) + 1):
         types |= dict(zip(_names(rank), (str, float), strict=True))
     if wanted.decisions:
         types |= {"decision": str, "decided": str}
     return types | {"warning": str, "error": str}
+
+
+def _set_types(kind: str) -> dict[str, type]:
+    """Return the added columns with their types, for a file of sets of categories."""
+    lists = kind in ("jsonl", "json", "parquet")
+    category, confidence = (list[str], list[float]) if lists else (str, str)
+    return {"category": category, "confidence": confidence, "warning": str, "error": str}
+
+
+def _set_columns(answer: Prediction | Failure) -> Row:
+    row = _answer_columns(answer)
+    if isinstance(answer, Failure):
+        return row
+    kept = {name: row[name] for name in ("warning", "error", "version")}
+    return {"category": answer.categories, "confidence": answer.confidences, **kept}
 
 
 def _answer_columns(answer: Prediction | Failure) -> Row:

@@ -76,11 +76,12 @@ class Classifier(Connection):
         if transport := self._transports.pop(os.getpid(), None):
             transport.close()
 
-    def classify(self, texts: Iterable[Text], top_k: int = 1, *, decisions: bool = False) -> list[Prediction]:
+    def classify(self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order. Long lists are sent as several concurrent requests.
 
         Args:
-            top_k: the number of categories for each text.
+            top_k: the number of categories for each text, the most probable first. By default one; of a multi-label
+                model, those that reach their thresholds.
             decisions: also fill in `decision`, `decided`, `prediction_set` and `energy`.
 
         Raises:
@@ -144,7 +145,7 @@ class Classifier(Connection):
         return answers
 
     def stream(
-        self, texts: Iterable[Text | None], top_k: int = 1, *, decisions: bool = False
+        self, texts: Iterable[Text | None], top_k: int | None = None, *, decisions: bool = False
     ) -> Iterator[Prediction | Failure]:
         """Yield an answer for each text, in the same order and in constant memory.
 
@@ -165,7 +166,7 @@ class Classifier(Connection):
         for batch in self._pipeline(_chunks(texts, self._fetch_max_batch(bulk=True)), wanted, each):
             yield from batch
 
-    def probe(self, top_k: int = 1, *, decisions: bool = False, bulk: bool = False) -> None:
+    def probe(self, top_k: int | None = None, *, decisions: bool = False, bulk: bool = False) -> None:
         """Classify one word, to check that the server answers and has at least `top_k` categories.
 
         Args:
@@ -196,12 +197,12 @@ class Classifier(Connection):
     def models(self, *, bulk: bool = False) -> wire.Models:
         """Return what the server tells of the versions that answer now, in one call."""
         answer = self._fetch_config(bulk)
-        self._max_batch = wire.max_batch(answer)  # so that it needs no further call
+        self._max_batch = self._checked_max_batch(answer)  # so that it needs no further call
         return wire.models(answer)
 
     def _fetch_max_batch(self, bulk: bool = False) -> int:
         if self._max_batch is None:
-            self._max_batch = wire.max_batch(self._fetch_config(bulk))
+            self._max_batch = self._checked_max_batch(self._fetch_config(bulk))
         return self._max_batch
 
     def _fetch_config(self, bulk: bool) -> bytes:

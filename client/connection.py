@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import grpc
 
+import aisle.client.wire as wire
 from aisle.client.address import check_address, is_loopback
 from aisle.client.fork import register_channel
 from aisle.client.protocol import BULK_RETRIES, CHANNEL, PATIENCE, TLS
@@ -102,6 +103,18 @@ class Connection:
         if self._credentials is None:
             return register_channel(api.insecure_channel(self._url, options))
         return register_channel(api.secure_channel(self._url, self._credentials, options))
+
+    def _checked_max_batch(self, configuration: bytes) -> int:
+        """Return how many texts the server takes in one request.
+
+        Raises:
+            InputError: there is a log, but the model gives a text several categories.
+        """
+        if self._log and wire.models(configuration).multi_label:
+            raise InputError(
+                f"the model is multi-label, and {self._log.path} can hold one category per text; use no log"
+            )
+        return wire.max_batch(configuration)
 
     def _stamped(self, request: Request, bulk: bool) -> bytes:
         """Return a request with its deadline and the current time, serialized.

@@ -36,7 +36,11 @@ CHANNEL = [
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable categories of one text, best first, and their probabilities."""
+    """The most probable categories of one text, best first, and their probabilities.
+
+    A multi-label model that is asked without `top_k` gives the categories that reach their thresholds. These may be
+    none: then `category` is empty and `confidence` is 0. Its probabilities do not sum to 1.
+    """
 
     categories: tuple[str, ...]
     confidences: tuple[float, ...]
@@ -50,11 +54,11 @@ class Prediction:
 
     @property
     def category(self) -> str:
-        return self.categories[0]
+        return self.categories[0] if self.categories else ""
 
     @property
     def confidence(self) -> float:
-        return self.confidences[0]
+        return self.confidences[0] if self.confidences else 0.0
 
 
 @dataclass(frozen=True)

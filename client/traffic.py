@@ -59,7 +59,7 @@ class TrafficLog:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
-        self._path = path
+        self.path = path
         self._keep_text = keep_text
         self._failed = False
         self._begin()
@@ -124,7 +124,7 @@ class TrafficLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._failed:
-                logging.getLogger(__name__).warning("cannot write %s: %s", self._path, error.strerror)
+                logging.getLogger(__name__).warning("cannot write %s: %s", self.path, error.strerror)
             self._failed = True
 
     def _cut(self, written: bytes) -> None:

@@ -46,6 +46,7 @@ class Models(NamedTuple):
     fingerprints: dict[int, str]  # of the model behind each version
     has_decisions: bool  # whether all of them have decisions
     fields: tuple[str, ...] | None = ()  # that all of them read; empty if they read one text, None if they differ
+    multi_label: bool = False  # whether one of them gives a text several categories
 
 
 class Fields(bytes):
@@ -55,7 +56,7 @@ class Fields(bytes):
 class Wanted(NamedTuple):
     """What a caller wants to know about each text."""
 
-    top_k: int = 1
+    top_k: int | None = None  # None: what the model itself answers
     decisions: bool = False
     embedding: bool = False  # instead of categories
     size: int | None = None  # numbers of an embedding; None: all that the model gives
@@ -68,7 +69,7 @@ class Wanted(NamedTuple):
         return DECISIONS_MODEL if self.decisions else MODEL
 
 
-def wanted_categories(top_k: int, decisions: bool) -> Wanted:
+def wanted_categories(top_k: int | None, decisions: bool) -> Wanted:
     """Return the wish for categories.
 
     Raises:
@@ -193,12 +194,14 @@ def located(error: InvalidText) -> InvalidText:
     return InvalidText(str(error), int(found[1])) if found else error
 
 
-def check_top_k(top_k: Any) -> int:
-    """Return `top_k` as an int.
+def check_top_k(top_k: Any) -> int | None:
+    """Return `top_k` as an int, or None if it is not given.
 
     Raises:
         InvalidText: it is not a 32-bit whole number. The server checks the number of categories.
     """
+    if top_k is None:
+        return None
     try:
         number = None if isinstance(top_k, bool) else operator.index(top_k)
     except TypeError:
@@ -209,7 +212,7 @@ def check_top_k(top_k: Any) -> int:
 
 
 def request_of(raw: Sequence[bytes], wanted: Wanted, version: str) -> Request:
-    """Return the request: `text` BYTES [n, 1] and, unless it is 1, `top_k` INT32 [n, 1].
+    """Return the request: `text` BYTES [n, 1] and, if it is given, `top_k` INT32 [n, 1].
 
     Raises:
         InvalidText: `top_k` is not a 32-bit whole number.
@@ -221,7 +224,7 @@ def request_of(raw: Sequence[bytes], wanted: Wanted, version: str) -> Request:
     request.raw_input_contents.append(b"".join([part for text in raw for part in (_SIZE.pack(len(text)), text)]))
     if any(isinstance(text, Fields) for text in raw):
         request.parameters[PARAMETER].bool_param = True
-    if top_k != 1:
+    if top_k is not None:
         request.inputs.add(name="top_k", datatype="INT32", shape=shape)
         request.raw_input_contents.append(struct.pack("<i", top_k) * len(raw))
     return request
@@ -296,6 +299,8 @@ def check_one_version(versions: Set[int]) -> None:
 def predictions(message: bytes) -> list[Prediction]:
     """Read `category` and `confidence`, both [n, k], `unknown` [n, 1], the decisions, and the version that answered.
 
+    Empty names fill up the rows of texts to which a multi-label model gives fewer categories.
+
     The version is that of the response or, during a canary, the value of the output `version`.
 
     Raises:
@@ -312,12 +317,20 @@ def predictions(message: bytes) -> list[Prediction]:
         version = struct.unpack_from("<i", raw["version"])[0] if "version" in raw else int(answer.model_version or 0)
         starts = range(0, rows * k, k)
         found = [
-            Prediction(tuple(names[i : i + k]), values[i : i + k], version, share)
+            Prediction(*_given(names[i : i + k], values[i : i + k]), version, share)
             for i, share in zip(starts, shares, strict=True)
         ]
         return _with_decisions(found, raw, shapes["prediction_set"][1]) if "decision" in raw else found
     except (KeyError, ValueError, struct.error):
         raise ClassifierError("", f"the server's model {MODEL} is not from Aisle: it gave no category [n, k]") from None
+
+
+def _given(names: list[str], confidences: tuple[float, ...]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the categories of a text and their confidences, without those that only fill up its row."""
+    if names[-1]:
+        return tuple(names), confidences
+    count = names.index("")
+    return tuple(names[:count]), confidences[:count]
 
 
 def _with_decisions(found: list[Prediction], raw: Mapping[str, bytes], width: int) -> list[Prediction]:
@@ -356,7 +369,8 @@ def models(message: bytes) -> Models:
     found, fields = _by_version(message, "fingerprint"), _by_version(message, "fields")
     read = {tuple(json.loads(fields.get(version, "[]"))) for version in found}
     decide = bool(found) and found.keys() == _by_version(message, "decisions").keys()
-    return Models(found, decide, next(iter(read), ()) if len(read) < 2 else None)
+    multi_label = bool(_by_version(message, "multi_label"))
+    return Models(found, decide, next(iter(read), ()) if len(read) < 2 else None, multi_label)
 
 
 def category_counts(message: bytes) -> dict[int, int]:

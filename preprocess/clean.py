@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from aisle.preprocess import labels
 from aisle.preprocess.labels import Labelling
@@ -132,10 +133,26 @@ def content_key(text: str) -> bytes:
 
 @dataclass
 class LabelledTexts:
-    """Labelled texts, cleaned: `texts[i]` belongs to `labels[i]`."""
+    """Labelled texts, cleaned: `texts[i]` belongs to `labels[i]`.
+
+    With `multi_label`, a label is a set of categories, as in `aisle.preprocess.label_sets`.
+    """
 
     texts: list[str]
     labels: list[str]
+    multi_label: bool = False
+
+    def like(self, texts: list[str], labels: list[str]) -> LabelledTexts:
+        """Return other texts whose labels are of the same kind."""
+        return LabelledTexts(texts, labels, self.multi_label)
+
+    def categories_of(self, label: str) -> list[str]:
+        """Return the categories of a label."""
+        return label.split(labels.BAR) if self.multi_label else [label]
+
+    def counts(self) -> Counter[str]:
+        """Return the number of rows of each category."""
+        return Counter(category for label in self.labels for category in self.categories_of(label))
 
 
 @dataclass
@@ -175,7 +192,8 @@ class CleaningReport:
 
 
 RARE = "rare category"  # a reason to drop a row
-Copies = dict[bytes, list[tuple[int, str]]]  # content key -> row and label of each copy
+Label = TypeVar("Label")
+Copies = dict[bytes, list[tuple[int, Label]]]  # content key -> row and label of each copy
 
 
 def clean_rows(
@@ -192,8 +210,12 @@ def clean_rows(
         labelling: how labels are changed.
         learnable: returns whether a cleaned text is used for training. A category without such a text counts as rare.
     """
+    if labelling.multi_label:
+        from aisle.preprocess.label_sets import clean_label_sets
+
+        return clean_label_sets(rows, labelling, learnable)
     report = CleaningReport()
-    texts, copies = _group_copies(rows, labelling, report)
+    texts, copies = group_copies(rows, lambda raw: _renamed(prepare_label(raw), labelling), report)
     label_of, dropped = _drop_copies(copies, labelling, report)
     counts = Counter(label_of.values())
     seen = Counter(label for key, label in label_of.items() if learnable(texts[key])) if labelling.min_rows else None
@@ -213,28 +235,36 @@ def clean_rows(
     return table, report
 
 
-def _group_copies(
-    rows: Iterable[tuple[object, object]], labelling: Labelling, report: CleaningReport
-) -> tuple[dict[bytes, str], Copies]:
-    """Return the first text of each content, and the copies of each content."""
+def _renamed(label: str, labelling: Labelling) -> str:
+    return labelling.renamed.get(label, label)
+
+
+def group_copies(
+    rows: Iterable[tuple[object, object]], read_label: Callable[[object], Label], report: CleaningReport
+) -> tuple[dict[bytes, str], Copies[Label]]:
+    """Return the first text of each content, and the copies of each content.
+
+    Args:
+        read_label: returns the label that a cell holds; raises TextError if it holds none.
+    """
     texts: dict[bytes, str] = {}
-    copies: Copies = {}
+    copies: Copies[Label] = {}
     for row, (raw, raw_label) in enumerate(rows, start=1):
         report.rows_in += 1
         try:
-            label = prepare_label(raw_label)
+            label = read_label(raw_label)
             text = prepare(raw)
         except TextError as error:
             report.drop(error.reason, row)
             continue
         key = content_key(text)
         texts.setdefault(key, text)
-        copies.setdefault(key, []).append((row, labelling.renamed.get(label, label)))
+        copies.setdefault(key, []).append((row, label))
     return texts, copies
 
 
 def _drop_copies(
-    copies: Copies, labelling: Labelling, report: CleaningReport
+    copies: Copies[str], labelling: Labelling, report: CleaningReport
 ) -> tuple[dict[bytes, str], list[tuple[int, str]]]:
     """Return the label of each content that has one, and the rows to drop, with the reason."""
     written = Counter(label for group in copies.values() for _, label in group)

@@ -13,6 +13,7 @@ from typing import Any
 from aisle.errors import InputError
 
 SEPARATOR = " > "  # between the levels of a category
+BAR = "|"  # between the categories of a set
 _UNSEEN = re.compile("[\\s\u00ad\u200b-\u200f\u2060\ufe00-\ufe0f\ufeff]+")
 
 
@@ -29,9 +30,10 @@ class Labelling:
     fold: bool = False
     min_rows: int = 0
     known: tuple[str, ...] = ()
+    multi_label: bool = False  # a label is a set of categories, as in `aisle.preprocess.label_sets`
 
     def apply(self, labels: Sequence[str]) -> list[str]:
-        """Return the labels, renamed and, with `fold`, folded. Rare labels are not changed."""
+        """Return the labels, renamed and, with `fold`, folded. Rare labels are not changed. No label is a set."""
         labels = [self.renamed.get(label, label) for label in labels]
         replacements = fold_variants(Counter(labels), self.known) if self.fold else {}
         return [replacements.get(label, label) for label in labels]
@@ -39,11 +41,14 @@ class Labelling:
     def after(self, first: Labelling) -> Labelling:
         """Return a labelling that does the same as `first` followed by this one, except for rare categories."""
         renamed = {old: self.renamed.get(new, new) for old, new in first.renamed.items()}
-        return Labelling({**self.renamed, **renamed}, self.fold or first.fold)
+        multi_label = self.multi_label or first.multi_label
+        return Labelling({**self.renamed, **renamed}, self.fold or first.fold, multi_label=multi_label)
 
     def metadata(self) -> dict[str, Any]:
         """Return the entry of training.json; an empty one if labels are not changed."""
         entry = {"renamed": dict(self.renamed), "fold": self.fold, "min_rows": self.min_rows}
+        if self.multi_label:
+            entry["multi_label"] = True
         return {"labelling": entry} if any(entry.values()) else {}
 
 
@@ -95,6 +100,17 @@ def variants_warning(groups: list[list[str]]) -> str:
     return (
         f"labels that differ only in case, spaces or width are kept apart: {shown}{more}; merge them with "
         "--fold-labels or --label-map"
+    )
+
+
+def sets_note(labels: Iterable[str]) -> str | None:
+    """Return a note that labels look like sets of categories, although each is read as one category; else None."""
+    example = next((label for label in labels if BAR in label), None)
+    if example is None:
+        return None
+    return (
+        f"labels with {BAR!r}, such as {example!r}, are read as one category each; if they are several categories of a "
+        "text, use aisle train --multi-label"
     )
 
 

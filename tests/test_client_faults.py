@@ -128,7 +128,7 @@ def test_errors_name_the_row_of_the_callers_list(fake: Fake, kind: str, bad: Any
 
 
 @BOTH
-@pytest.mark.parametrize("top_k", [True, "3", 2.5, None, 2**31, -(2**40)])
+@pytest.mark.parametrize("top_k", [True, "3", 2.5, 2**31, -(2**40)])
 def test_top_k_is_a_number(fake: Fake, kind: str, top_k: Any) -> None:
     with pytest.raises(InvalidText, match="top_k must be"):
         call(kind, fake.url, classify(["苹果"], top_k))

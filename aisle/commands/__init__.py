@@ -121,7 +121,16 @@ def show_metrics(result: dict[str, Any]) -> None:
     for name, row in result["per_class"].items():
         table.add_row(cell(name), *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), cell(row["support"]))
     stdout.print(table)
-    show(f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {result['seconds']} s")
+    if "accuracy" in result:
+        show(f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {result['seconds']} s")
+        return
+    names = {
+        "micro_f1": "micro-F1",
+        "macro_f1": "macro-F1",
+        "mean_average_precision": "mean average precision",
+        "exact_match": "all categories right",
+    }
+    show(", ".join(f"{title} {result[name]:.4f}" for name, title in names.items()) + f", {result['seconds']} s")
 
 
 def other_columns(text_column: str, label_column: str = "category") -> list[str]:

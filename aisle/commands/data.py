@@ -21,6 +21,7 @@ from aisle.commands.tables import (
 )
 from aisle.console import cell, new_table, say, show, stdout, track
 from aisle.errors import InputError
+from aisle.preprocess.labels import sets_note
 
 if TYPE_CHECKING:
     from aisle.train.adapt.label_errors import Suspects
@@ -80,6 +81,8 @@ def clean(
         data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules, examine
     )
     note_labels(result)
+    if note := sets_note(result["categories"]):
+        say(note)
     if suspects:
         suspects.write()
         _note_suspects(result["label_errors"])

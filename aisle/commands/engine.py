@@ -144,6 +144,7 @@ def _show_build(result: dict[str, Any], checkpoint: Path, repository: Path) -> N
     say(f"version {result['version']} of {repository} is {checkpoint}, {result['precision']} on {result['target']}")
     if not result["reused"]:
         texts = f"{result['held_out_texts']} held-out texts"
-        say(f"agreement {result['agreement']:.2%}, macro-F1 {result['macro_f1']:.4f} on {texts}")
+        micro = f"micro-F1 {result['micro_f1']:.4f}, " if "micro_f1" in result else ""
+        say(f"agreement {result['agreement']:.2%}, {micro}macro-F1 {result['macro_f1']:.4f} on {texts}")
         if result["gate"]["loosened"]:
             say("its gate was loosened")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from aisle.train.core.settings import DecisionTargets, TrainingSettings
 
 app = Stage()
 SCRATCH_ONLY = ("layers", "hidden_size")
+OF_DECISIONS = ("accept_precision", "set_error", "unknown_share")
 OF_PRETRAINING = (
     *("model", "layers", "hidden_size", "epochs", "batch_size", "learning_rate", "max_tokens", "accumulate", "seed"),
 )
@@ -57,6 +59,9 @@ def train(
     fold_labels: FoldLabels = False,
     label_map: LabelMap = None,
     min_rows: MinRows = 0,
+    multi_label: Annotated[
+        bool, typer.Option(help="A text has several categories: A|B in a cell, or a list in JSON and Parquet.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +70,8 @@ def train(
     The same command resumes a run that was stopped. `torchrun --nproc-per-node N -m aisle train …` uses N devices.
     """
     refuse_ignored(ctx, settings)
+    if multi_label:
+        refuse(ctx, *OF_DECISIONS, because="is for decisions, which a --multi-label model does not have")
     from aisle.train.fit.train import train as run
 
     with resumable():
@@ -78,7 +85,7 @@ def train(
             save_every=save_every,
             log_dir=log_dir,
             overwrite=overwrite,
-            labelling=labelling(fold_labels, label_map, min_rows),
+            labelling=replace(labelling(fold_labels, label_map, min_rows), multi_label=multi_label),
         )
     report(result, as_json, _show_training, checkpoint_in(out))
 

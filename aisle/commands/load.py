@@ -101,7 +101,8 @@ def bench(
     if checkpoint is not None:
         from aisle.train.core.checkpoint import Checkpoint
 
-        Checkpoint(checkpoint).labels  # noqa: B018 - refuses a bad checkpoint before the measurement
+        # A bad checkpoint is refused before the measurement, too.
+        Checkpoint(checkpoint).check_one_category("aisle bench")
     if texts is not None:
         check_columns([texts], text_column)
     if parts and "gpu" in parts:

@@ -197,6 +197,9 @@ def _show_check(result: dict[str, Any]) -> None:
 
 def _show_evaluation(result: dict[str, Any]) -> None:
     show_metrics(result)
+    if "mean_average_precision" in result:
+        _show_multi_label(result)
+        return
     if result["unseen_labels"]:
         rows = sum(each["rows"] for each in result["unseen_labels"])
         names = ", ".join(f"{each['label']} (predicted: {each['category']})" for each in result["unseen_labels"][:5])
@@ -214,6 +217,14 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         _show_decisions(result["decisions"])
     for each in result.get("baselines", ()):
         show(f"{each['name']}: accuracy {each['accuracy']:.4f}, macro-F1 {each['macro_f1']:.4f}")
+
+
+def _show_multi_label(result: dict[str, Any]) -> None:
+    sizes = result["categories_per_text"]
+    show(f"categories per text: {sizes['actual']:.2f} in the table, {sizes['given']:.2f} given")
+    if result["unseen_labels"]:
+        names = ", ".join(f"{each['label']} ({each['rows']} rows)" for each in result["unseen_labels"][:5])
+        show(f"not counted, because the model does not know them: {names}")
 
 
 def _show_decisions(decisions: dict[str, Any]) -> None:

@@ -25,7 +25,14 @@ app = Stage()
 Folder = Annotated[Path, typer.Option(callback=folder_to_write, help="The folder of the desk's own files.")]
 TextsOrFile = Annotated[list[str], typer.Argument(metavar="TEXT… | FILE", help="Texts; or, with -o, one file.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")]
-TopK = Annotated[int, typer.Option(min=1, help="Number of categories for each text.")]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of categories for each text.",
+        show_default="1; of a multi-label model, those that reach their thresholds",
+    ),
+]
 
 
 @app.command()
@@ -239,7 +246,7 @@ def classify(
         typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .jsonl, .csv, .parquet."),
     ] = None,
     url: Url = "localhost:8001",
-    top_k: TopK = 1,
+    top_k: TopK = None,
     decisions: Annotated[
         bool | None,
         typer.Option(
@@ -463,6 +470,8 @@ def _show_predictions(result: dict[str, Any]) -> None:
     decided = "decision" in result["predictions"][0]
     table = new_table("text", "category", "confidence", *(("decision", "decided") if decided else ()))
     for row in result["predictions"]:
+        if not row["categories"]:
+            table.add_row(cell(row["text"]), "none reaches its threshold", "")
         decision = [cell(row["decision"]), cell(row["decided"] or None)] if decided else []
         for rank, (category, confidence) in enumerate(zip(row["categories"], row["confidences"], strict=True)):
             first = [cell(row["text"]), *decision] if not rank else [cell("")] * (1 + len(decision))

@@ -72,6 +72,7 @@ def frontier(
     texts, labels, _ = read_scorable(data, text_column, label_column, held_out=True)
     for checkpoint in checkpoints:
         Checkpoint(checkpoint).check_fields(text_column)
+        Checkpoint(checkpoint).check_one_category("aisle frontier")
     labels = Checkpoint(checkpoints[0]).labelling.apply(labels)
     _check_categories(checkpoints, labels, data)
     target = best_target()

@@ -28,6 +28,7 @@ from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 from aisle.files import write_private
 from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.multi_label import FILE as THRESHOLDS
 from aisle.train.evaluation.predictors import MOST_CATEGORIES, largest_top_k
 
 CHECKPOINT = "checkpoint"  # setting: the checkpoint that the live version was made from
@@ -70,6 +71,8 @@ class Desk:
             InputError: the folder cannot be used, or people are needed and there are none.
         """
         self.options = options
+        if options.checkpoint and (options.checkpoint / THRESHOLDS).is_file():
+            Checkpoint(options.checkpoint).check_one_category("aisle desk")
         try:
             options.folder.mkdir(parents=True, exist_ok=True)
             options.folder.chmod(0o700)
@@ -118,6 +121,7 @@ class Desk:
         Raises:
             ClassifierError: the server does not answer.
         """
+        self.check_one_category()
         with self._categories_lock:
             live = self.classifier.classify(["probe"])[0].version
             if self._categories[0] != live:
@@ -125,6 +129,16 @@ class Desk:
                 (answer,) = self.classifier.classify(["probe"], top_k)
                 self._categories = answer.version, sorted(answer.categories)
             return self._categories[1]
+
+    def check_one_category(self) -> None:
+        """Check that the live model gives a text one category, which all pages need.
+
+        Raises:
+            InputError: it gives several.
+            ClassifierError: the server does not answer.
+        """
+        if self.classifier.models().multi_label:
+            raise InputError("the server's model is multi-label; the desk needs one that gives a text one category")
 
     @property
     def checkpoint(self) -> Path | None:

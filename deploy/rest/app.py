@@ -44,7 +44,7 @@ QUERY = [
         "name": "top_k",
         "in": "query",
         "description": TOP_K,
-        "schema": {"type": "integer", "minimum": 1, "default": 1},
+        "schema": {"type": "integer", "minimum": 1},
     },
     {"name": "decisions", "in": "query", "description": DECISIONS, "schema": {"type": "boolean", "default": False}},
 ]

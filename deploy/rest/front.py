@@ -109,7 +109,7 @@ class Front:
 
 
 async def classify(
-    client: AsyncClassifier, request: Request, texts: list[object], top_k: int, *, decisions: bool = False
+    client: AsyncClassifier, request: Request, texts: list[object], top_k: int | None, *, decisions: bool = False
 ) -> list[Prediction]:
     """Classify the texts of one request, as one request to the server, in the caller's trace.
 

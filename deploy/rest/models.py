@@ -14,7 +14,10 @@ EXAMPLE: dict[str, Any] = {"texts": ["红富士苹果 5斤装", "usb c cable 2m"
 # What may stand for a text; `aisle.preprocess.values` decides. OpenAPI does not see this from `Any`.
 TEXT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "number"}]}
 DECISIONS = "Also answer what to do with each text: accept, review or unknown. 422 if the model has no decisions."
-TOP_K = "Number of categories for each text, from 1 to the model's number of categories."
+TOP_K = (
+    "Number of categories for each text, from 1 to the model's number of categories. Without it, a model gives one "
+    "category; a multi-label model gives those that reach their thresholds, which may be none."
+)
 
 
 class ClassifyRequest(BaseModel):
@@ -29,12 +32,16 @@ class ClassifyRequest(BaseModel):
             json_schema_extra={"items": TEXT_SCHEMA},
         ),
     ]
-    top_k: Annotated[StrictInt, Field(description=TOP_K, json_schema_extra={"minimum": 1})] = 1  # the server checks it
+    # The server checks its range.
+    top_k: Annotated[StrictInt | None, Field(description=TOP_K, json_schema_extra={"minimum": 1})] = None
     decisions: Annotated[StrictBool, Field(description=DECISIONS)] = False
 
 
 class Answer(BaseModel):
-    """The fields of `aisle.client.Prediction`: the categories of one text, best first, and their probabilities."""
+    """The fields of `aisle.client.Prediction`: the categories of one text, best first, and their probabilities.
+
+    The probabilities of a multi-label model do not sum to 1.
+    """
 
     categories: list[str]
     confidences: list[float]

@@ -174,15 +174,15 @@ async def _send(send: Send, body: bytes, *, more: bool) -> None:
 
 
 def wanted_of(request: Request) -> Wanted:
-    """Return what the query asks for: `top_k`, 1 by default, whose range the server checks, and `decisions`.
+    """Return what the query asks for: `top_k`, whose range the server checks, and `decisions`.
 
     Raises:
         Fault: 422, one of them has another form.
     """
-    top_k = request.query_params.get("top_k", "1")
-    if not re.fullmatch(r"-?[0-9]{1,10}", top_k):
+    top_k = request.query_params.get("top_k")
+    if top_k is not None and not re.fullmatch(r"-?[0-9]{1,10}", top_k):
         raise Fault(422, "top_k must be a whole number from 1 to the number of categories")
     decisions = request.query_params.get("decisions", "false")
     if decisions not in ("true", "false"):
         raise Fault(422, "decisions must be true or false")
-    return Wanted(int(top_k), decisions == "true")
+    return Wanted(None if top_k is None else int(top_k), decisions == "true")

@@ -72,7 +72,7 @@ class Admin:
             return {(model["name"], model.get("version", "")): model.get("state", "") for model in index}
 
     def classify(self, model: str, texts: list[str], seconds: float = CLASSIFY_SECONDS) -> list[str]:
-        """Return the top category of each text.
+        """Return the first category of each text; it may be empty if the model is multi-label.
 
         Raises:
             ServerError: the model did not answer within `seconds`, or refused.
@@ -80,7 +80,8 @@ class Admin:
         inputs = [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}]
         answer = self._post(f"/v2/models/{model}/infer", seconds, {"inputs": inputs})
         with _reading(answer):
-            return next(list(output["data"]) for output in answer["outputs"] if output["name"] == "category")
+            output = next(each for each in answer["outputs"] if each["name"] == "category")
+            return list(output["data"])[:: output["shape"][1]]
 
     def counts(self, model: str) -> tuple[int, int]:
         """Return how many requests a model has answered and how many failed, over all loaded versions.

@@ -15,7 +15,7 @@ from aisle.build.repository import check_version, gate_note, gate_state, latest_
 from aisle.console import say, track
 from aisle.deploy.server.release import POLL_SECONDS, RELEASE, TRIAL_SECONDS, Release, Status, Watch
 from aisle.errors import InputError, ServerError
-from aisle.train.core import decisions
+from aisle.train.core import decisions, multi_label
 
 FOLLOW_SECONDS = 600.0  # time limit for all servers to load the new version
 EXTRA_SECONDS = 30.0  # a trial with too few requests continues for this time
@@ -62,6 +62,7 @@ def _deploy(repository: Path, version: int, trial: Trial) -> dict[str, Any]:
             _follow(watch, steady, "ending the trial")
         return {**result, "previous": release.previous, "changed": False}
     _warn_of_lost_decisions(repository, release.live, version)
+    _check_trial(repository, release.live, version, trial)
     try:
         release = _follow(watch, replace(steady, candidate=version), "loading")
         if trial.shadow_seconds:
@@ -89,6 +90,19 @@ def _warn_of_lost_decisions(repository: Path, old: int, new: int) -> None:
         say(
             f"version {new} has no decisions, unlike version {old}, and will refuse requests for them; see aisle decide"
         )
+
+
+def _check_trial(repository: Path, old: int, new: int, trial: Trial) -> None:
+    """Refuse a trial that cannot compare the versions, or in which callers would get answers of two kinds.
+
+    Raises:
+        InputError: a version is multi-label and there is a shadow, or only one is and there is a canary.
+    """
+    kinds = {(repository / "encoder" / str(version) / multi_label.FILE).is_file() for version in (old, new)}
+    if trial.shadow_seconds and True in kinds:
+        raise InputError("--shadow compares one category per text, but a version is multi-label; leave it out")
+    if trial.canary and len(kinds) > 1:
+        raise InputError("--canary: only one of the versions is multi-label, so callers would get two kinds of answers")
 
 
 def rollback(repository: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from aisle.deploy.server.instances import Tokenizers, cores, encoders, gpus, wit
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 from aisle.preprocess import fields
-from aisle.train.core import decisions
+from aisle.train.core import decisions, multi_label
 
 ENSEMBLE = "product_classifier"
 ROUTED = (ENSEMBLE, "product_decisions")  # over the same steps; the second one also returns decisions
@@ -86,6 +86,7 @@ class ServedRepository:
             f"fingerprint_{version}": version_fingerprint(self._repository, version),
             f"categories_{version}": str(len(json.loads(files["labels.json"].read_text("utf-8")))),
             **({f"decisions_{version}": "1"} if decisions.FILE in files else {}),
+            **({f"multi_label_{version}": "1"} if multi_label.FILE in files else {}),
             **({f"fields_{version}": files[fields.FILE].read_text("utf-8")} if fields.FILE in files else {}),
         }
         for model in PYTHON_MODELS:

@@ -23,7 +23,8 @@ class Labels:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._encoded = np.array([name.encode() for name in names], np.object_)  # UTF-8, encoded once
+        # UTF-8, encoded once; last the empty name of no category, which has the index -1.
+        self._encoded = np.array([*(name.encode() for name in names), b""], np.object_)
 
     @staticmethod
     def load(folder: Path, expected: int) -> Labels:
@@ -80,10 +81,15 @@ def rank(logits: Logits, k: int) -> tuple[Indices, Logits]:
         best = logits.argmax(axis=1)
         highest = logits[np.arange(len(logits)), best][:, None]
         return best[:, None], 1 / np.exp(logits - highest).sum(axis=1, keepdims=True)
+    best = best_of(logits, k)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return best, np.take_along_axis(powers, best, axis=1) / powers.sum(axis=1, keepdims=True)
+
+
+def best_of(logits: Logits, k: int) -> Indices:
+    """Return the indices of the k largest logits [texts, labels], largest first, [texts, k]."""
     # Sort only the k largest: there may be thousands of labels.
     best = np.argpartition(-logits, min(k, logits.shape[1] - 1), axis=1)[:, :k]
     best.sort(axis=1)  # ties keep the order of the labels
     order = np.argsort(-np.take_along_axis(logits, best, axis=1), axis=1, kind="stable")
-    best = np.take_along_axis(best, order, axis=1)
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return best, np.take_along_axis(powers, best, axis=1) / powers.sum(axis=1, keepdims=True)
+    return np.take_along_axis(best, order, axis=1)

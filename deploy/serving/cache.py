@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,25 @@ ENTRY_OVERHEAD = 48  # bytes per entry that the allocator needs beyond what Pyth
 PAIR = np.dtype([("index", np.int32), ("confidence", np.float32)])  # one category of an answer
 # What an answer with decisions has before its categories.
 DECISION = np.dtype([("outcome", np.int32), ("category", np.int32), ("set_size", np.int32), ("energy", np.float32)])
-DECIDED = b"d"  # ends the keys of answers with decisions; other keys have a multiple of four bytes
+
+
+class Kind(NamedTuple):
+    """A kind of answer, which has entries of its own."""
+
+    suffix: bytes  # ends the keys of its entries; the ids before it are a multiple of four bytes
+    head: int  # bytes of an entry before its categories
+
+
+PLAIN = Kind(b"", 0)  # the best k categories
+DECIDED = Kind(b"d", DECISION.itemsize)  # with decisions
+REACHED = Kind(b"r", 0)  # the categories of a multi-label version that reach their thresholds: an entry has all of them
 
 
 class AnswerCache:
     """A bounded least-recently-used map from the token ids of a text to its ranked categories. Thread-safe.
 
     It holds answers, never errors. An entry holds as many categories as the largest `k` requested for its text so far,
-    so it also answers every smaller `k`. Answers with decisions have entries of their own, which also hold the
-    categories of the prediction set.
+    so it also answers every smaller `k`. Entries with decisions also hold the categories of the prediction set.
     """
 
     def __init__(self, budget: int) -> None:
@@ -53,29 +63,28 @@ class AnswerCache:
         """Bytes of memory that the cache uses."""
         return self._payload + sys.getsizeof(self._rows)
 
-    def find(self, keys: Iterable[bytes], k: int, *, decided: bool = False) -> dict[bytes, bytes]:
-        """Return the entries of those texts whose best `k` categories are in the cache, with decisions if `decided`."""
+    def find(self, keys: Iterable[bytes], k: int, *, kind: Kind = PLAIN) -> dict[bytes, bytes]:
+        """Return the entries of those texts whose best `k` categories are in the cache, in answers of a kind."""
         found: dict[bytes, bytes] = {}
-        wanted = k * PAIR.itemsize + (DECISION.itemsize if decided else 0)
-        kind = DECIDED if decided else b""
+        wanted = k * PAIR.itemsize + kind.head
         with self._lock:
             for key in keys:
-                row = self._rows.get(key + kind)
+                row = self._rows.get(key + kind.suffix)
                 if row is not None and len(row) >= wanted:
-                    self._rows.move_to_end(key + kind)
+                    self._rows.move_to_end(key + kind.suffix)
                     found[key] = row
         return found
 
-    def put(self, rows: Mapping[bytes, bytes], *, decided: bool = False) -> int:
+    def put(self, rows: Mapping[bytes, bytes], *, kind: Kind = PLAIN) -> int:
         """Store answers; return how many older answers were dropped to make room.
 
         Args:
-            rows: entries made by `rows_of` or, if `decided`, by `aisle.deploy.serving.decider.Decider.entries`.
+            rows: entries made by `rows_of` or, if `DECIDED`, by `aisle.deploy.serving.decider.Decider.entries`.
         """
-        evicted, kind = 0, DECIDED if decided else b""
+        evicted = 0
         with self._lock:
             for text, row in rows.items():
-                key = text + kind
+                key = text + kind.suffix
                 old = self._rows.get(key)
                 if old is None:
                     self._payload += _bytes(key) + _bytes(row) + ENTRY_OVERHEAD

@@ -30,7 +30,7 @@ DESCRIPTIONS = {
     "aisle_cache_lookups_total": "Texts looked up in the answer cache",
     "aisle_cache_hits_total": "Looked-up texts not computed: cached, or equal to another row of their request",
     "aisle_cache_evictions_total": "Answers dropped from the cache to make room for newer ones",
-    "aisle_categories_total": "Texts by their most probable category",
+    "aisle_categories_total": "Texts by their most probable category; of a multi-label version, by each category given",
     "aisle_decisions_total": "Texts with a decision, by decision: accept, review or unknown",
     "aisle_confidence_bucket": "Texts whose highest probability is le or less",
     "aisle_confidence_sum": "Sum of the highest probabilities",

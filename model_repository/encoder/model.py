@@ -20,11 +20,12 @@ from aisle.build.engine import load_engine
 from aisle.build.repository import gate_state, read_report
 from aisle.deploy.serving.answers import Labels, pairs_of
 from aisle.deploy.serving.batcher import Answer, Batcher, QueuedRequest, is_bulk
-from aisle.deploy.serving.cache import DECISION, AnswerCache, keys_of, read_rows, rows_of
+from aisle.deploy.serving.cache import DECIDED, PLAIN, REACHED, AnswerCache, Kind, keys_of, read_rows, rows_of
 from aisle.deploy.serving.deadlines import CallerClocks
 from aisle.deploy.serving.decider import MISSING, OUTPUTS, Decider, Tensors, count_outcomes
 from aisle.deploy.serving.lost_gpu import end_if_lost
 from aisle.deploy.serving.metrics import Metrics
+from aisle.deploy.serving.ranking import ALL_REACHED, MultiLabelRanking, reached_pairs, read_reached
 from aisle.deploy.serving.senders import Senders
 from aisle.errors import InputError
 from aisle.train.core.decisions import Decisions
@@ -55,7 +56,7 @@ class Call:
     """A request and its decoded inputs."""
 
     request: Any
-    top_k: int
+    top_k: int  # of a multi-label version, it may be `ALL_REACHED`
     unknown: Any  # [texts, 1] or None
     with_logits: bool
     with_embeddings: bool
@@ -63,6 +64,10 @@ class Call:
     keys: list[bytes]  # cache keys of its texts; empty if the cache is off and no decisions are wanted
     known: dict[bytes, bytes]  # the keys that are in the cache, with their entries
     missing: list[bytes]  # the other keys, without repetition: the engine computes these texts
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.top_k, self.with_decisions)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class TritonPythonModel:
         self.labels = Labels.load(folder, spec.labels)
         decisions = Decisions.load(folder, self.labels.names)
         self.decider = Decider(decisions, self.labels) if decisions else None
+        self.multi_label = MultiLabelRanking.load(folder, self.labels)
         self.cache = AnswerCache.of_environment()
         counters = map(_counter, COUNTERS)
         self.metrics = Metrics(args["model_version"], args["model_instance_name"], *counters)
@@ -170,9 +176,10 @@ class TritonPythonModel:
         parameters = request.parameters()
         wanted = with_logits is not None and bool(with_logits.any())
         embedded = self.asks_for(request, {"embedding"}, self.engine.spec.embedding, NO_EMBEDDINGS)
-        top_k, unknown = self.labels.top_k(top_ks), optional(request, "unknown_tokens")
+        top_k = ALL_REACHED if self.multi_label and top_ks is None else self.labels.top_k(top_ks)
+        unknown = optional(request, "unknown_tokens")
         decided = self.asks_for(request, OUTPUTS, self.decider, MISSING)
-        found = self.look_up(tokens, lengths, top_k, wanted or embedded, decided)
+        found = self.look_up(tokens, lengths, top_k, wanted or embedded, kind_of(top_k, decided))
         call = Call(request, top_k, unknown, wanted, embedded, decided, *found)
         if len(call.missing) < len(call.keys):
             tokens = np.frombuffer(b"".join(call.missing), tokens.dtype)
@@ -196,13 +203,13 @@ class TritonPythonModel:
         return asks
 
     def look_up(
-        self, tokens: Any, lengths: Any, top_k: int, with_outputs: bool, decided: bool
+        self, tokens: Any, lengths: Any, top_k: int, with_outputs: bool, kind: Kind
     ) -> tuple[list[bytes], dict[bytes, bytes], list[bytes]]:
         """Return the keys of a request's texts, their entries in the cache, and the keys that are not in it."""
-        if not self.cache and not decided:
+        if not self.cache and kind != DECIDED:
             return [], {}, []
         keys = keys_of(tokens, lengths)
-        known = {} if with_outputs else self.cache.find(keys, top_k, decided=decided)  # an entry holds no logits
+        known = {} if with_outputs else self.cache.find(keys, top_k, kind=kind)  # an entry holds no logits
         missing = list(dict.fromkeys(key for key in keys if key not in known))
         if not self.cache:
             return keys, known, missing
@@ -254,13 +261,12 @@ class TritonPythonModel:
         embeddings = (own for call, own in zip(calls, outputs, strict=True) if call.with_embeddings)
         if not (np.isfinite(together).all() and all(np.isfinite(own).all() for own in embeddings)):
             return self.rank_finite(waiting, outputs)
-        pairs = pairs_of(together, max(call.top_k for call in calls))
-        parts = np.split(pairs, np.cumsum([len(own) for own in logits])[:-1])
+        parts = self.pairs(calls, logits, together)
         fresh = self.entries(calls, logits, parts)
         if self.cache:
             self.metrics.add("aisle_cache_evictions_total", self.keep(calls, fresh))
         answers = [merged(call, part, rows) for call, part, rows in zip(calls, parts, fresh, strict=True)]
-        self.count(waiting, [answer[:, 0] for answer in answers])
+        self.count(waiting, [given(call, answer) for call, answer in zip(calls, answers, strict=True)])
         return [
             Ranked(
                 call.request,
@@ -273,6 +279,17 @@ class TritonPythonModel:
             )
             for call, answer, own, rows in zip(calls, answers, outputs, fresh, strict=True)
         ]
+
+    def pairs(self, calls: Sequence[Call], logits: Sequence[Any], together: Any) -> list[Any]:
+        """Return the categories of the texts that were computed for each request, each [texts, k] of `PAIR`.
+
+        Args:
+            together: the same logits, concatenated.
+        """
+        if self.multi_label:
+            return [self.multi_label.pairs(own, call.top_k) for call, own in zip(calls, logits, strict=True)]
+        pairs = pairs_of(together, max(call.top_k for call in calls))
+        return np.split(pairs, np.cumsum([len(own) for own in logits])[:-1])
 
     def entries(self, calls: Sequence[Call], logits: Sequence[Any], pairs: Sequence[Any]) -> list[dict[bytes, bytes]]:
         """Return for each request the cache entries of the texts that were computed for it."""
@@ -291,9 +308,9 @@ class TritonPythonModel:
     def keep(self, calls: Sequence[Call], entries: Sequence[dict[bytes, bytes]]) -> int:
         """Store the entries of requests in the cache; return how many older ones were dropped to make room."""
         dropped = 0
-        for decided in {call.with_decisions for call in calls}:
-            own = [rows for call, rows in zip(calls, entries, strict=True) if call.with_decisions == decided]
-            dropped += self.cache.put({key: row for rows in own for key, row in rows.items()}, decided=decided)
+        for kind in {call.kind for call in calls}:
+            own = [rows for call, rows in zip(calls, entries, strict=True) if call.kind == kind]
+            dropped += self.cache.put({key: row for rows in own for key, row in rows.items()}, kind=kind)
         return dropped
 
     def decisions(self, call: Call, fresh: dict[bytes, bytes]) -> Tensors:
@@ -307,7 +324,7 @@ class TritonPythonModel:
         return self.decider.tensors(entries)
 
     def count(self, waiting: Sequence[QueuedRequest], best: Sequence[Any]) -> None:
-        """Count the requests and, unless they are for embeddings, the best category of each text, [texts] of `PAIR`."""
+        """Count the requests and, unless they are for embeddings, the categories that `given` returns."""
         classified = [own for each, own in zip(waiting, best, strict=True) if not each.request.with_embeddings]
         if classified:
             together = np.concatenate(classified)
@@ -339,12 +356,26 @@ class TritonPythonModel:
         self.metrics.close()
 
 
+def kind_of(top_k: int, decided: bool) -> Kind:
+    """Return the kind of answer that a request wants."""
+    if decided:
+        return DECIDED
+    return REACHED if top_k == ALL_REACHED else PLAIN
+
+
 def merged(call: Call, computed: Any, fresh: dict[bytes, bytes]) -> Any:
     """Return a request's answer, [texts, top_k] of `PAIR`, from the computed texts and the cache."""
     if len(call.missing) == len(call.keys):
-        return computed[:, : call.top_k]
-    start = DECISION.itemsize if call.with_decisions else 0
-    return read_rows(call.keys, {**call.known, **fresh}, call.top_k, start)
+        return computed if call.top_k == ALL_REACHED else computed[:, : call.top_k]
+    rows = {**call.known, **fresh}
+    if call.top_k == ALL_REACHED:
+        return read_reached(call.keys, rows)
+    return read_rows(call.keys, rows, call.top_k, call.kind.head)
+
+
+def given(call: Call, answer: Any) -> Any:
+    """Return the categories that an answer gives its texts, of `PAIR`: the best of each, or those that are reached."""
+    return reached_pairs(answer) if call.top_k == ALL_REACHED else answer[:, 0]
 
 
 def of_each_text(call: Call, computed: Any) -> Any:

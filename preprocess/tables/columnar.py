@@ -148,11 +148,14 @@ def rewrite(
     Args:
         edits: one for each row of the file, in order.
         names: new names of columns, by old name.
-        types: types of the columns that `edits` sets, str or float. New columns are added in this order.
+        types: types of the columns that `edits` sets: str, float, or lists of them. New columns are added in this
+            order.
     """
     pyarrow = load_pyarrow()
     file = open_parquet(path, where)
-    kinds = {name: pyarrow.string() if kind is str else pyarrow.float64() for name, kind in types.items()}
+    known = {str: pyarrow.string(), float: pyarrow.float64()}
+    known |= {list[str]: pyarrow.list_(known[str]), list[float]: pyarrow.list_(known[float])}
+    kinds = {name: known[kind] for name, kind in types.items()}
     schema = _edited_schema(file.schema_arrow, kinds, names)
     with pyarrow.parquet.ParquetWriter(out, schema) as writer:
         for batch in batches(file, path):

@@ -148,7 +148,7 @@ def write_edited(
     Args:
         edits: returns one edit for each row, in order; called once for each pass.
         columns: the columns of the source.
-        types: types of the columns that `edits` sets, str or float. New columns are added in this order.
+        types: types of the columns that `edits` sets, as in `columnar.rewrite`. New columns are added in this order.
         names: new names of the source's columns, by old name.
     """
     kind, renamed = kind or file_format(out), names or {}

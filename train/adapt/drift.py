@@ -50,6 +50,7 @@ def drift(
         InputError: the log cannot be read, is too short, or belongs to another model.
     """
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle drift")
     labels = source.labels
     counter = WordCounter(source.tokenizer.entries())
     live, skipped = read_log(log, labels, counter, text_column)

@@ -17,7 +17,7 @@ from cleanlab.experimental.label_issues_batched import LabelInspector
 
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts
-from aisle.preprocess.labels import SEPARATOR, upto
+from aisle.preprocess.labels import BAR, SEPARATOR, upto
 from aisle.preprocess.tables.table import Row
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_rows
 from aisle.train.adapt.labelling_tools import CORRECTION
@@ -102,8 +102,11 @@ def find_label_errors(numbers: Sequence[int], table: LabelledTexts) -> tuple[lis
         the first suspects as `examples`.
 
     Raises:
-        InputError: fewer than two categories have two rows, or the texts are too few to judge.
+        InputError: labels are sets of categories, fewer than two categories have two rows, or the texts are too few to
+            judge.
     """
+    if several := next((label for label in table.labels if BAR in label), None):
+        raise InputError(f"--label-errors judges one category per text, but {several!r} is several; leave it out")
     counts = Counter(table.labels)
     places = [place for place, label in enumerate(table.labels) if counts[label] > 1]
     judged = LabelledTexts([table.texts[i] for i in places], [table.labels[i] for i in places])

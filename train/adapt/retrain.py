@@ -106,6 +106,7 @@ def retrain(
         raise InputError(f"{out} is the old checkpoint; choose another folder, so that both can be compared")
     check_replaceable(out, "training.json", overwrite)
     old = Checkpoint(checkpoint)
+    old.check_one_category("aisle retrain")
     labels, examples = old.labels, old.examples
     settings, columns, labelling = _read_training(checkpoint)
     text_column, label_column = text_column or columns[0], label_column or columns[1]

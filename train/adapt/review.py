@@ -18,6 +18,7 @@ from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.clean import content_key, prepare
 from aisle.preprocess.fields import columns_of
+from aisle.preprocess.labels import BAR
 from aisle.preprocess.near import PERMUTATIONS, Signer
 from aisle.preprocess.tables.table import FaultyRow, Row, checked, missing_column, read_rows, to_send, value_of
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_rows
@@ -176,9 +177,10 @@ def _logged(rows: Iterable[Row], source: Path, text_column: str, skipped: Counte
             second = row.get("confidence_2")
             second = None if second in (None, "") else float(second)
         except (TypeError, ValueError):
-            raise InputError(
-                f"{source}, row {number}: a confidence is not a number; classify the table again"
-            ) from None
+            problem = f"{source}, row {number}: a confidence is not a number; classify the table again"
+            if isinstance(row["category"], list) or BAR in str(row.get("confidence")):
+                problem = f"{source}, row {number}: several categories; aisle review needs one per text"
+            raise InputError(problem) from None
         yield {
             "text": text,
             "category": str(row["category"]),
@@ -204,7 +206,10 @@ def _classify(source: Path, url: str, text_column: str, skipped: Counter[str]) -
             yield to_send(row, text_column)
 
     with Classifier.from_environment(url) as classifier:
-        check_fields(text_column, [*beginning[0]] if beginning else [], classifier.models(bulk=True).fields)
+        models = classifier.models(bulk=True)
+        if models.multi_label:
+            raise InputError("the server's model is multi-label; aisle review needs one that gives a text one category")
+        check_fields(text_column, [*beginning[0]] if beginning else [], models.fields)
         for answer in track(classifier.stream(read(), top_k=2), "classifying"):
             text = texts.popleft()
             if isinstance(answer, Failure):

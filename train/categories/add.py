@@ -75,6 +75,7 @@ def add(
     """
     check_out(checkpoint, out, overwrite)
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle category")
     source.check_fields(text_column)
     name = names.checked_name(name)
     names.check_free(name, source.labels)

@@ -47,6 +47,7 @@ def rename(checkpoint: Path, old: str, new: str, out: Path, *, overwrite: bool =
     """
     check_out(checkpoint, out, overwrite)
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle category")
     names.check_known(old, source.labels)
     return _rename(source, {old: names.checked_name(new)}, out, "rename")
 
@@ -59,6 +60,7 @@ def move(checkpoint: Path, old: str, new: str, out: Path, *, overwrite: bool = F
     """
     check_out(checkpoint, out, overwrite)
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle category")
     path = names.checked_name(new)
     moved = names.below_path(old, source.labels)
     if not moved:
@@ -148,6 +150,7 @@ def merge(
     """
     check_out(checkpoint, out, overwrite)
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle category")
     for each in merged:
         names.check_known(each, source.labels)
     changes = dict.fromkeys(merged, names.checked_name(into))

@@ -6,6 +6,7 @@ labels.json                         the categories, in the order of the logits
 sample.jsonl                        some cleaned texts of each part, to calibrate and check engines
 examples.jsonl                      the texts of added categories; only if categories were added
 decisions.json                      the thresholds of decisions; not in checkpoints of Aisle 0.1
+thresholds.json                     the threshold of each category; only of a multi-label model, which has no decisions
 metrics.json                        the scores on the held-out part
 training.json                       how it was made: settings, cleaning report, fingerprints of data and code
 """
@@ -31,6 +32,8 @@ from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
+from aisle.train.core.multi_label import FILE as THRESHOLDS
+from aisle.train.core.multi_label import PROBLEM, Thresholds
 from aisle.train.core.sample import Sample, read_examples, read_sample, write_examples, write_sample
 from aisle.train.core.settings import DecisionTargets
 
@@ -85,6 +88,29 @@ class Checkpoint:
             raise InputError(f"{self.folder} was trained on other columns; give {options}")
 
     @cached_property
+    def multi_label(self) -> bool:
+        """Whether it gives a text several categories."""
+        _ = self.labels  # which checks that all files are there
+        return bool(_read_config(self.folder).get("problem_type") == PROBLEM)
+
+    @cached_property
+    def thresholds(self) -> Thresholds | None:
+        """The thresholds of a multi-label model; None if the model gives one category."""
+        return Thresholds.load(self.folder, self.labels) if self.multi_label else None
+
+    def check_one_category(self, work: str) -> None:
+        """Check that it gives one category per text.
+
+        Args:
+            work: what needs this, for the message.
+
+        Raises:
+            InputError: it gives several.
+        """
+        if self.multi_label:
+            raise InputError(f"{self.folder} is multi-label; {work} needs a model that gives a text one category")
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer:
         return TextTokenizer(self.folder / "tokenizer.json", self._max_tokens)
 
@@ -115,8 +141,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 over what decides the predictions: weights, configuration, tokenizer and labels."""
-        return hashlib.sha256("".join(fingerprint(self.folder / name) for name in FILES).encode()).hexdigest()
+        """A SHA-256 over what decides the predictions: weights, configuration, tokenizer, labels and thresholds."""
+        names = [*FILES, *([THRESHOLDS] if self.multi_label else [])]
+        return hashlib.sha256("".join(fingerprint(self.folder / name) for name in names).encode()).hexdigest()
 
 
 def _read_labels(folder: Path) -> list[str]:
@@ -264,6 +291,7 @@ def write_checkpoint(
     metrics: dict[str, Any],
     training: dict[str, Any],
     decisions: Decisions | None,
+    thresholds: Thresholds | None = None,
     examples: LabelledTexts | None = None,
 ) -> None:
     """Write all files of a checkpoint; `training` goes into training.json.
@@ -284,6 +312,8 @@ def write_checkpoint(
         write_examples(folder, examples)
     if decisions:
         decisions.save(folder)
+    if thresholds:
+        thresholds.save(folder)
     write_json(folder / "metrics.json", metrics)
     made_by = {
         "code_sha256": code_fingerprint(),

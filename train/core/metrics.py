@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
 from aisle.preprocess.labels import SEPARATOR, upto
+from aisle.train.core.multi_label import Assigned, Flags
 
 F1 = ("macro", "micro", "weighted")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -36,6 +43,50 @@ def score(actual: Sequence[str], predicted: Sequence[str]) -> dict[str, Any]:
             for name, p, r, f, n in zip(names, *columns, strict=True)
         },
     }
+
+
+def score_sets(actual: Flags, assigned: Assigned, names: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of a multi-label model, and a table per category.
+
+    micro_f1 pools all texts and categories. macro_f1 is the plain mean over the categories that occur. The
+    average_precision of a category is the area under its curve of precision by recall, which needs no threshold;
+    mean_average_precision is its mean over the categories with texts. exact_match is the share of texts with all their
+    categories and no other.
+
+    Args:
+        actual: which categories each text has, [texts, categories].
+        names: of the categories, in the order of the logits.
+    """
+    predicted = assigned.reached
+    occur = np.flatnonzero(actual.any(axis=0) | predicted.any(axis=0))
+    columns = precision_recall_fscore_support(actual, predicted, labels=occur, zero_division=0)
+    average = _average_precisions(actual, assigned.probabilities)
+    return {
+        **{
+            f"{kind}_f1": float(f1_score(actual, predicted, labels=occur, average=kind, zero_division=0)) for kind in F1
+        },
+        "mean_average_precision": float(np.mean([*average.values()])),
+        "micro_average_precision": float(average_precision_score(actual.ravel(), assigned.probabilities.ravel())),
+        "exact_match": float((actual == predicted).all(axis=1).mean()),
+        "categories_per_text": {
+            "actual": float(actual.sum(axis=1).mean()),
+            "given": float(predicted.sum(axis=1).mean()),
+        },
+        "without_category": float((~predicted.any(axis=1)).mean()),
+        "per_class": {
+            names[i]: {
+                **{"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)},
+                "average_precision": average.get(i),
+            }
+            for i, p, r, f, n in zip(occur, *columns, strict=True)
+        },
+    }
+
+
+def _average_precisions(actual: Flags, probabilities: npt.NDArray[np.floating[Any]]) -> dict[int, float]:
+    """Return the average precision of each category that has texts, by its number."""
+    numbers = np.flatnonzero(actual.any(axis=0)).tolist()
+    return {i: float(average_precision_score(actual[:, i], probabilities[:, i])) for i in numbers}
 
 
 def upper_levels(actual: Sequence[str], predicted: Sequence[str]) -> list[dict[str, Any]]:

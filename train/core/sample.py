@@ -11,6 +11,7 @@ from typing import NamedTuple
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, clean_rows
+from aisle.preprocess.label_sets import joined
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import read_labelled
 from aisle.train.core.split import Split, is_learnt, split
@@ -40,7 +41,8 @@ def write_sample(folder: Path, sample: Sample) -> None:
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for part, table in zip(Sample._fields, sample, strict=True):
             for text, label in zip(table.texts, table.labels, strict=True):
-                file.write(json.dumps({"part": part, "text": text, "category": label}, ensure_ascii=False) + "\n")
+                category = table.categories_of(label) if table.multi_label else label
+                file.write(json.dumps({"part": part, "text": text, "category": category}, ensure_ascii=False) + "\n")
 
 
 def write_examples(folder: Path, examples: LabelledTexts) -> None:
@@ -81,12 +83,13 @@ def read_sample(checkpoint: Path) -> Sample:
             row = json.loads(line)
             table: LabelledTexts = getattr(sample, row["part"])
             table.texts.append(row["text"])
-            table.labels.append(row["category"])
+            table.multi_label = isinstance(row["category"], list)
+            table.labels.append(joined(row["category"]) if table.multi_label else row["category"])
     except OSError:
         raise InputError(
             f"{checkpoint} has no sample of texts ({FILE}); put the file back, or give the training table too"
         ) from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{checkpoint}/{FILE} is damaged: {error}") from None
     _enough_rows(sum(len(part.texts) for part in sample), checkpoint)
     return sample
@@ -101,7 +104,7 @@ def sample_of(data: Path, text_column: str, label_column: str, labels: Sequence[
         InputError: the table has too few texts, or a category that the checkpoint does not know.
     """
     table, _ = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
-    unknown = sorted(set(table.labels) - set(labels))
+    unknown = sorted(table.counts().keys() - set(labels))
     if unknown:
         raise InputError(
             f"{data}: category {unknown[0]!r} is unknown to the checkpoint; give the table that it was trained on"
@@ -112,7 +115,7 @@ def sample_of(data: Path, text_column: str, label_column: str, labels: Sequence[
 
 def _some(table: LabelledTexts, count: int, rng: random.Random) -> LabelledTexts:
     chosen = sorted(rng.sample(range(len(table.texts)), min(count, len(table.texts))))
-    return LabelledTexts([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
+    return table.like([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
 
 
 def topped_up(sample: Sample) -> Sample:
@@ -128,7 +131,7 @@ def topped_up(sample: Sample) -> Sample:
 
 def _more(table: LabelledTexts, source: LabelledTexts) -> LabelledTexts:
     lacking = max(0, LEAST - len(table.texts))
-    return LabelledTexts(table.texts + source.texts[:lacking], table.labels + source.labels[:lacking])
+    return source.like(table.texts + source.texts[:lacking], table.labels + source.labels[:lacking])
 
 
 def warn_of_few(parts: Split) -> None:

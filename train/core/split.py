@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -46,7 +45,7 @@ def split(table: LabelledTexts) -> Split:
     Raises:
         InputError: fewer than two categories are left, or one has a single row or none to train on.
     """
-    counts = Counter(table.labels)
+    counts = table.counts()
     if len(counts) < 2:
         left = "".join(f"only category {label!r} is" for label in counts) or "no row is"
         raise InputError(f"{left} left after cleaning; training needs at least two categories")
@@ -58,7 +57,7 @@ def split(table: LabelledTexts) -> Split:
             "add rows, or give --min-rows 2"
         )
     parts = _divide(table, sorted(counts), is_held_out)
-    lost = sorted(counts.keys() - set(parts.train.labels))
+    lost = sorted(counts.keys() - parts.train.counts().keys())
     if lost:
         raise InputError(
             f"category {lost[0]!r} has {counts[lost[0]]} row(s), none to train on; add rows, or give --min-rows 2"
@@ -93,17 +92,17 @@ def folds(table: LabelledTexts, count: int) -> Iterator[Split]:
 
 
 def _divide(table: LabelledTexts, labels: list[str], held_out: Callable[[str], bool]) -> Split:
-    parts = Split(LabelledTexts([], []), LabelledTexts([], []), LabelledTexts([], []), labels)
+    parts = Split(table.like([], []), table.like([], []), table.like([], []), labels)
     for text, label in zip(table.texts, table.labels, strict=True):
         part = parts.held_out if held_out(text) else parts.validation if is_validation(text) else parts.train
         part.texts.append(text)
         part.labels.append(label)
     # A category that only the validation part has would not be learnt.
-    lost = set(parts.validation.labels) - set(parts.train.labels)
+    lost = parts.validation.counts().keys() - parts.train.counts().keys()
     if lost:
-        validation = LabelledTexts([], [])
+        validation = table.like([], [])
         for text, label in zip(parts.validation.texts, parts.validation.labels, strict=True):
-            part = parts.train if label in lost else validation
+            part = validation if lost.isdisjoint(table.categories_of(label)) else parts.train
             part.texts.append(text)
             part.labels.append(label)
         parts = parts._replace(validation=validation)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aisle.client import Failure, Prediction
+from aisle.client import Classifier, Failure, Prediction
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import prepare, prepare_label
@@ -61,6 +61,14 @@ def evaluate(
     if source:
         source.check_fields(text_column)
         labelling = labelling.after(source.labelling)
+    if source.multi_label if source else _serves_multi_label(url):
+        from aisle.train.evaluation.multi_label import evaluate_multi_label
+
+        if baselines:
+            raise InputError("--baselines gives a text one category, but the model is multi-label; leave it out")
+        return evaluate_multi_label(
+            data, text_column, label_column, labelling, source=source, url=url, held_out=held_out, report=report
+        )
     texts, labels, skipped = read_scorable(data, text_column, label_column, held_out)
     answers, known, speed = _predict(source, url, texts, [*labels, *labelling.apply(labels)])
     labelling = replace(labelling, known=tuple(sorted(known)))
@@ -96,6 +104,11 @@ def evaluate(
 
         write_report(result, report)
     return result
+
+
+def _serves_multi_label(url: str) -> bool:
+    with Classifier.from_environment(url) as classifier:
+        return classifier.models().multi_label
 
 
 def _predict(

@@ -28,7 +28,10 @@ def explain(
     if not texts:
         raise InputError("give a text to explain, or a table with --check")
     prepared = [prepare(text) for text in texts]
-    local = CheckpointPredictor(Checkpoint(checkpoint)) if checkpoint else None
+    source = Checkpoint(checkpoint) if checkpoint else None
+    if source:
+        source.check_one_category("aisle explain")
+    local = CheckpointPredictor(source) if source else None
     with open_predictor(local, url) as predictor:
         readings = [read(text, local.tokenizer if local else None) for text in prepared]
         predictions, weights, attributions = attribute(readings, local, predictor)

@@ -57,6 +57,7 @@ def check(
         ServerError: the server failed.
     """
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle explain")
     source.check_fields(text_column)
     local = CheckpointPredictor(source)
     readings, skipped = held_out(data, text_column, local.tokenizer, rows, seed)

@@ -142,9 +142,11 @@ class ServerPredictor:
         """Use a connected client.
 
         Raises:
-            InputError: `labels` are given but differ from the server's categories.
+            InputError: `labels` are given but differ from the server's categories, or the model is multi-label.
             ServerError: the server failed.
         """
+        if classifier.models().multi_label:
+            raise InputError("the server's model is multi-label; this needs a model that gives a text one category")
         self._classifier = classifier
         self._labels = labels
         if labels:

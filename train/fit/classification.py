@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from aisle.preprocess.encode import TextTokenizer
 from aisle.train.core.predict import logits_of, pad
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split
 from aisle.train.fit.loop import Scalars, like_lengths
-from aisle.train.fit.loss import Loss
+from aisle.train.fit.loss import Loss, RowLoss
 from aisle.train.fit.unknown import Unknowns, isolates
 
 
@@ -27,13 +27,12 @@ class Classification:
     ) -> None:
         if settings.augment or settings.class_floor:
             from aisle.preprocess.augment import Augmenter, floor_rows
-        number = {label: i for i, label in enumerate(parts.labels)}
         rows = range(len(parts.train.texts))
         chosen: Sequence[int] = floor_rows(parts.train.labels, settings.class_floor) if settings.class_floor else rows
         self.texts = [parts.train.texts[i] for i in chosen]
-        self.targets = torch.tensor([number[parts.train.labels[i]] for i in chosen], device=device)
+        self.targets = torch.tensor(self.encoded([parts.train.labels[i] for i in chosen], parts.labels), device=device)
         self.validation = tokenizer.tokens(parts.validation.texts) if parts.validation.texts else []
-        self.validation_targets = np.array([number[label] for label in parts.validation.labels], np.int64)
+        self.validation_targets = self.encoded(parts.validation.labels, parts.labels)
         self.tokenizer = tokenizer
         self.settings = settings
         self.device = device
@@ -43,7 +42,16 @@ class Classification:
         backend = tokenizer.tokenizer
         self.unknowns = Unknowns(backend, self.texts, settings.seed) if isolates(backend) else None
         self.tokens = self.plain_tokens  # this epoch's token ids
-        self.loss_of = Loss(parts.labels, self.targets, settings, device)
+        self.loss_of = self.make_loss(parts.labels)
+
+    def encoded(self, labels: Sequence[str], names: Sequence[str]) -> npt.NDArray[Any]:
+        """Return labels as the loss reads them: the number of each category among `names`, [rows]."""
+        number = {name: i for i, name in enumerate(names)}
+        return np.array([number[label] for label in labels], np.int64)
+
+    def make_loss(self, names: Sequence[str]) -> RowLoss:
+        """Return what computes the losses of rows."""
+        return Loss(names, self.targets, self.settings, self.device)
 
     def epoch(self, number: int) -> list[list[int]]:
         if self.augmenter:
@@ -88,8 +96,7 @@ class Classification:
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
         loss = self.loss_of(logits[: len(rows)], self.targets[rows]).sum()
         if changed:
-            plain = logits[changed].detach().log_softmax(dim=1)
-            loss = loss + F.kl_div(logits[len(rows) :].log_softmax(dim=1), plain, reduction="sum", log_target=True)
+            loss = loss + self.loss_of.divergence(logits[len(rows) :], logits[changed].detach())
         return loss
 
     def validate(self, model: Any) -> Scalars | None:

@@ -40,6 +40,7 @@ def decide(
     Raises:
         InputError: the table cannot be read, or no text is left.
     """
+    checkpoint.check_one_category("aisle decide")
     table = _labelled(checkpoint, data, text_column, label_column, untrained) if data else checkpoint.sample.validation
     if not table.texts:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,16 @@ import torch.nn.functional as F
 from aisle.errors import InputError
 from aisle.preprocess.labels import SEPARATOR
 from aisle.train.core.settings import TrainingSettings
+
+
+class RowLoss(Protocol):
+    """A loss of each row, and how far apart two predictions are."""
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each row, [rows], from logits [rows, labels]."""
+
+    def divergence(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the rows' divergences from other logits, both [rows, labels]."""
 
 
 class Loss:
@@ -38,6 +49,11 @@ class Loss:
             parent = logits.masked_fill(others, -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
             loss = loss - self.level_weight * parent
         return loss * self.weights[targets]
+
+    def divergence(self, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the rows' Kullback-Leibler divergences from other logits, both [rows, labels]."""
+        log = logits.log_softmax(dim=1), expected.log_softmax(dim=1)
+        return F.kl_div(*log, reduction="sum", log_target=True)
 
 
 def class_weights(targets: torch.Tensor, labels: int, exponent: float) -> torch.Tensor:

@@ -43,6 +43,7 @@ def prune(
     """
     check_replaceable(out, "training.json", overwrite)
     source = Checkpoint(checkpoint)
+    source.check_one_category("aisle prune")
     labels, model, sample, tokenizer = source.labels, source.model, source.sample, source.tokenizer
     texts = sample.held_out.texts
     before = logits_of(model, tokenizer.tokens(texts), "before")

@@ -16,15 +16,17 @@ from aisle.files import put_in_place
 from aisle.preprocess.clean import CleaningReport, LabelledTexts, clean_rows
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.fields import columns_of
-from aisle.preprocess.labels import Labelling
+from aisle.preprocess.label_sets import indicators
+from aisle.preprocess.labels import Labelling, sets_note
 from aisle.preprocess.tables.table import fingerprint, read_labelled
-from aisle.train.core.calibration import fit_temperature
+from aisle.train.core.calibration import fit_sigmoid_temperature, fit_temperature
 from aisle.train.core.checkpoint import write_checkpoint
 from aisle.train.core.decision_fit import fit_decisions
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import output_layer
 from aisle.train.core.groups import check_groups, read_groups
-from aisle.train.core.metrics import score
+from aisle.train.core.metrics import score, score_sets
+from aisle.train.core.multi_label import Thresholds
 from aisle.train.core.predict import logits_of
 from aisle.train.core.processes import Processes, processes
 from aisle.train.core.resume import STATE, check_replaceable, identity, working_folder
@@ -32,12 +34,14 @@ from aisle.train.core.sample import draw, warn_of_few
 from aisle.train.core.settings import DecisionTargets
 from aisle.train.core.settings import TrainingSettings as TrainingSettings
 from aisle.train.core.split import Split, folds, is_learnt, split
+from aisle.train.core.threshold_fit import fit_thresholds
 from aisle.train.fit.classification import Classification
 from aisle.train.fit.contrast import ContrastiveClassification, measure_search
 from aisle.train.fit.crossval import cross_validate
 from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.loss import check_levels
 from aisle.train.fit.model import check_settings, from_pretrained, from_scratch
+from aisle.train.fit.multi_label import MultiLabelClassification, check_multi_label, set_problem
 
 
 def train(
@@ -65,8 +69,12 @@ def train(
     """
     check_replaceable(out, "training.json", overwrite)
     check_settings(settings)
+    if labelling.multi_label:
+        check_multi_label(settings)
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
+    if not table.texts and "label not text" in cleaning.dropped:
+        raise InputError(f"{data}: no label is a text; if they are lists of categories, give --multi-label")
     made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
     made_from |= labelling.metadata()
     groups = groups_in(data, text_column, label_column, settings)
@@ -117,10 +125,11 @@ def train_table(
     if settings.level_weight:
         check_levels(parts.labels)
     warn_of_few(parts)
+    note = None if table.multi_label else sets_note(parts.labels)
     with processes() as world, working_folder(out, identity(settings, made_from, world), is_main=world.is_main) as work:
         say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
-        for note in cleaning.notes():
-            say(note)
+        for each in [*cleaning.notes(), *([note] if note else [])]:
+            say(each)
         spread = _cross_validation(table, groups, settings, work, world, save_every) if settings.folds else {}
         learnt = learn(parts, settings, work, world, Hooks(work / STATE, save_every, log_dir))
         metrics: dict[str, Any] = {}
@@ -161,9 +170,15 @@ class Learnt:
     tokenizer: TextTokenizer
     task: Classification
     history: list[Scalars]
-    # `calibrate` sets both.
+    # `calibrate` sets these.
     temperature: float = 1.0
-    decisions: Decisions | None = None
+    decisions: Decisions | None = None  # of a model that gives one category
+    thresholds: Thresholds | None = None  # of a multi-label model
+
+    @property
+    def labels(self) -> list[str]:
+        """The categories, in the order of the logits."""
+        return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
 
 @dataclass(frozen=True)
@@ -200,6 +215,7 @@ def write_result(
         metrics,
         training,
         learnt.decisions,
+        learnt.thresholds,
         examples=origin.examples,
     )
     put_in_place(folder, out)
@@ -215,29 +231,53 @@ def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Process
         model, backend = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
     if settings.contrastive:
         model.config.embedding_pooling = "mean"  # it learns sooner than [CLS]
+    set_problem(model, parts.train, parts.labels)
     # Load the file as the server does.
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = TextTokenizer(folder / "tokenizer.json")
-    task = (ContrastiveClassification if settings.contrastive else Classification)(
-        parts, tokenizer, settings, world.device
-    )
+    task = task_for(parts, settings)(parts, tokenizer, settings, world.device)
     history = fit(model, task, settings, world, hooks)
     return Learnt(model.eval(), tokenizer, task, history)
+
+
+def task_for(parts: Split, settings: TrainingSettings) -> type[Classification]:
+    """Return what is learnt."""
+    if parts.train.multi_label:
+        return MultiLabelClassification
+    return ContrastiveClassification if settings.contrastive else Classification
 
 
 def calibrate(learnt: Learnt, targets: DecisionTargets) -> None:
     """Calibrate the model on the validation part: divide its logits by a temperature (Guo et al. 2017).
 
-    Then fit the decisions on the same part.
+    Then fit the decisions on the same part; of a multi-label model, the thresholds.
     """
     task = learnt.task
+    if isinstance(task, MultiLabelClassification):
+        _calibrate_multi_label(learnt)
+        return
     if not task.validation:
         return
     logits = logits_of(learnt.model, task.validation, "calibrating")
     temperature = fit_temperature(logits, task.validation_targets)
-    labels = [learnt.model.config.id2label[i] for i in range(logits.shape[1])]
-    learnt.decisions = fit_decisions(logits / temperature, task.validation_targets, labels, targets)
+    learnt.decisions = fit_decisions(logits / temperature, task.validation_targets, learnt.labels, targets)
     say(_accepted(learnt.decisions))
+    _divide_logits(learnt, temperature)
+
+
+def _calibrate_multi_label(learnt: Learnt) -> None:
+    targets = learnt.task.validation_targets
+    logits = logits_of(learnt.model, learnt.task.validation, "calibrating")
+    temperature = fit_sigmoid_temperature(logits, targets)
+    learnt.thresholds = fit_thresholds(logits / temperature, targets, learnt.labels)
+    shared = max(each.shared_by for each in learnt.thresholds.categories)
+    if shared > 1:
+        say(f"{shared} of {len(learnt.labels)} categories have too few validation texts and share a threshold")
+    _divide_logits(learnt, temperature)
+
+
+def _divide_logits(learnt: Learnt, temperature: float) -> None:
+    """Put a temperature into the weights."""
     with torch.no_grad():
         output_layer(learnt.model).weight /= temperature
         output_layer(learnt.model).bias /= temperature
@@ -257,6 +297,10 @@ def _accepted(decisions: Decisions) -> str:
 def measure(learnt: Learnt, parts: Split) -> dict[str, Any]:
     """Return the scores on the split's held-out part, and the number of rows of each part."""
     logits = logits_of(learnt.model, learnt.tokenizer.tokens(parts.held_out.texts), "evaluating")
-    metrics = score(parts.held_out.labels, [parts.labels[i] for i in logits.argmax(axis=1)])
+    if learnt.thresholds:
+        actual = indicators(parts.held_out.labels, parts.labels)
+        metrics = score_sets(actual, learnt.thresholds.apply(logits), parts.labels)
+    else:
+        metrics = score(parts.held_out.labels, [parts.labels[i] for i in logits.argmax(axis=1)])
     metrics["rows"] = {name: len(getattr(parts, name).texts) for name in ("train", "validation", "held_out")}
     return metrics

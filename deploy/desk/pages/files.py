@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from aisle.deploy.desk.errors import Problem
 from aisle.deploy.desk.guard import field, form
 from aisle.deploy.desk.jobs import Job, Results, Write
 from aisle.deploy.desk.store import note
-from aisle.errors import InputError
+from aisle.errors import InputError, ServerError
 from aisle.preprocess.tables.opening import READING, Reading, kind_of_name
 from aisle.preprocess.tables.table import FaultyRow, read_rows
 from aisle.train.adapt.labelling_tools import CORRECTION
@@ -240,6 +241,8 @@ def _start(desk: Desk, request: Request, file: int, fields: dict[str, list[str]]
     Raises:
         Problem: it is running or done, or a field is wrong.
     """
+    with contextlib.suppress(ServerError):  # the job waits for a server that does not answer
+        desk.check_one_category()
     row = _get(desk, file)
     ending, preview = field(fields, "format"), _preview(row)
     if ending not in FORMATS:
