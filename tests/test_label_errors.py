@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_flat_labels_and_standard_output(tmp_path: Path) -> None:
     assert all(line.endswith(",1,") for line in found)
 
 
-def pairs(texts: list[str], labels: str) -> list[Row]:
+def pairs(texts: list[str], labels: Sequence[str]) -> list[Row]:
     return [{"text": text, "category": label} for text, label in zip(texts, labels, strict=True)]
 
 
@@ -207,6 +208,7 @@ CABLES = [f"usb cable number {n}" for n in range(4)]
         (pairs(CABLES, "abcd"), "and the table has 0; add rows"),
         (pairs(CABLES, "aabc"), "and the table has 1; add rows"),
         (pairs(list("ßöüäéè"), "aaabbb"), "6 texts are too few to judge"),
+        (pairs(CABLES, ["a", "b", "a|b", "a"]), "judges one category per text, but 'a|b' is several"),
     ],
 )
 def test_tables_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path, rows: list[Row], told: str) -> None:
@@ -218,7 +220,7 @@ def test_tables_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path, ro
 
 
 def test_a_table_of_four_rows_can_be_judged(tmp_path: Path) -> None:
-    data = write(tmp_path / "data.csv", pairs(CABLES, "abab"))
+    data = write(tmp_path / "data.csv", pairs(CABLES, ["home | garden", "b"] * 2))  # a category may contain a |
     done = aisle("clean", data, "-o", tmp_path / "clean.csv", "--near", 0, "--label-errors", tmp_path / "suspects.csv")
     assert done.returncode == 0, done.stderr
 
