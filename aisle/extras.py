@@ -9,10 +9,12 @@ from importlib.metadata import entry_points, requires
 COMMAND = "aisle.cli:main"
 # The project of a module, if its name differs.
 PROJECTS = {
+    "confluent_kafka": "confluent-kafka",
     "cuda": "cuda-bindings",
     "faiss": "faiss-cpu",
     "python_calamine": "python-calamine",
     "opentelemetry": "opentelemetry-api",
+    "prometheus_client": "prometheus-client",
     "pytriton": "nvidia-pytriton",
     "sklearn": "scikit-learn",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
@@ -45,6 +47,7 @@ EXTRAS = {
     "serve": ("serve",),
     "similar": ("index",),
     "stages": ("build", "report"),
+    "stream": ("stream",),
     "study": ("build", "report"),
     "train": ("train",),
 }

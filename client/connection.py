@@ -75,14 +75,16 @@ class Connection:
         self._waiting = False  # whether waiting for the server has been logged
 
     @classmethod
-    def from_environment(cls, url: str, *, timeout: float = 10.0, log: TrafficLog | None = None) -> Self:
+    def from_environment(
+        cls, url: str, *, timeout: float = 10.0, retries: int = 4, log: TrafficLog | None = None
+    ) -> Self:
         """Connect as the commands do: TLS as `TLS.from_environment`, the token from AISLE_TOKEN.
 
         Raises:
             InputError: as the constructor.
         """
         token = os.environ.get("AISLE_TOKEN", "")
-        return cls(url, timeout=timeout, tls=TLS.from_environment(), token=token, log=log)
+        return cls(url, timeout=timeout, retries=retries, tls=TLS.from_environment(), token=token, log=log)
 
     def with_token(self, token: str) -> Self:
         """Return a view for another client of the gateway. It shares the connection and must not be closed itself.

@@ -18,11 +18,15 @@ from sphinx.util.docutils import SphinxDirective
 from aisle.extras import distribution
 
 ROOT = Path(__file__).parent.parent
-METRICS = ROOT / "deploy" / "serving" / "metrics.py"  # where DESCRIPTIONS is; it imports only inside Triton
+# Where DESCRIPTIONS is; the server's file imports only inside Triton.
+METRICS = {
+    "server": ROOT / "deploy" / "serving" / "metrics.py",
+    "stream": ROOT / "deploy" / "stream" / "figures.py",
+}
 COMMANDS = """# Commands
 
 This page is generated from the command line itself.
-Every command except `serve` and `rest` takes `--json`: one JSON object on stdout, all else on stderr.
+Every command except `serve`, `rest` and `desk` takes `--json`: one JSON object on stdout, all else on stderr.
 
 | exit code | meaning |
 |---|---|
@@ -70,13 +74,16 @@ class Mermaid(SphinxDirective):
 
 
 class Metrics(SphinxDirective):
-    """The table of our own metrics, from the code that reports them."""
+    """The table of our own metrics, the server's or the stream's, from the code that reports them."""
+
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(str(METRICS))
+        file = METRICS[self.arguments[0] if self.arguments else "server"]
+        self.env.note_dependency(str(file))
         (value,) = (
             node.value
-            for node in ast.parse(METRICS.read_text("utf-8")).body
+            for node in ast.parse(file.read_text("utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DESCRIPTIONS"
         )
         rows = [f"| `{name}` | {text} |" for name, text in ast.literal_eval(value).items()]

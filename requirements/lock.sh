@@ -5,7 +5,7 @@
 # Known vulnerabilities, asked of the network: pip-audit --require-hashes --disable-pip -r requirements/NAME.lock
 set -eu
 cd "$(dirname "$0")"
-for name in serve build dev; do
+for name in serve stream build dev; do
     echo 'torch; sys_platform == "never"' | uv pip compile ../pyproject.toml --extra "$name" --extra fast --override /dev/stdin \
         --python-version 3.11 --python-platform x86_64-manylinux_2_35 --generate-hashes --no-annotate --no-header \
         --quiet "$@" --output-file "$name.lock" >/dev/null

@@ -203,6 +203,16 @@ def test_compose_names_existing_files() -> None:
     assert [source["url"] for source in sources] == ["http://prometheus:9090"]
 
 
+def test_compose_streams_a_topic() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.kafka.yaml").read_text())["services"]
+    workers = [service for name, service in services.items() if name.startswith("worker")]
+    assert len({worker["hostname"] for worker in workers}) == 2  # their names in the group
+    for worker in workers:
+        check_command([word.replace("$$", "$") for word in worker["command"]])
+        assert f" AS {worker['build']['target']}\n" in (DEPLOY.parent / worker["build"]["dockerfile"]).read_text()
+    assert {"server", "topics"} == workers[0]["depends_on"].keys()
+
+
 def test_compose_gives_a_server_the_gpu() -> None:
     (server,) = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"].values()
     assert (DEPLOY.parent / server["build"]["dockerfile"]).is_file()

@@ -20,10 +20,11 @@ from aisle.commands import (
     measure,
     rollout,
     serving,
+    stream,
 )
 from aisle.commands.command import simplify_help
 
-STAGES = (data, learn, experiments, compress, measure, engine, serving, rollout, load, adapt, categories)
+STAGES = (data, learn, experiments, compress, measure, engine, serving, stream, rollout, load, adapt, categories)
 # The groups of commands in the help. The first group has the commands that everyone needs, in order of use.
 PANELS = {
     "From a table to categories": ("demo", "clean", "train", "evaluate", "build", "serve", "classify", "deploy"),
@@ -31,6 +32,7 @@ PANELS = {
         "desk",
         "desk-user",
         "rest",
+        "stream",
         "rollback",
         "drift",
         "review",
