@@ -105,9 +105,9 @@ def find_label_errors(numbers: Sequence[int], table: LabelledTexts) -> tuple[lis
         InputError: labels are sets of categories, fewer than two categories have two rows, or the texts are too few to
             judge.
     """
-    names = set(table.labels)
-    sets = (label for label in table.labels if BAR in label and names.issuperset(map(str.strip, label.split(BAR))))
-    if several := next(sets, None):
+    known = set(table.labels)
+    sets = (label for label in known if BAR in label and known.issuperset(map(str.strip, label.split(BAR))))
+    if several := min(sets, default=None):
         raise InputError(f"--label-errors judges one category per text, but {several!r} is several; leave it out")
     counts = Counter(table.labels)
     places = [place for place, label in enumerate(table.labels) if counts[label] > 1]
