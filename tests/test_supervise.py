@@ -120,7 +120,7 @@ def supervisor(repository: Path, tmp_path: Path) -> Iterator[Supervisor]:
     shown = ServedRepository(copy, tmp_path / "view", "")
     shown.add_version(1)
     shown.write_ensemble(ENSEMBLE, 1)
-    answer = json.dumps({"outputs": [{"name": "category", "data": ["a"]}]}).encode()
+    answer = json.dumps({"outputs": [{"name": "category", "shape": [1, 1], "data": ["a"]}]}).encode()
     with answering(answer) as admin:
         process: Any = SimpleNamespace(pid=os.getpid())
         triton = Triton(process, Release(1), shown, admin, tmp_path / "trial")
