@@ -181,6 +181,7 @@ class CudaRunner:
         except Exception as error:  # each stage of torch.compile raises its own exceptions
             reason = str(error).strip().splitlines()
             say(f"torch.compile failed, the engine runs slower without it: {reason[0] if reason else error!r}")
+            module.use_flash_attention()
             self._module, self._compiled = module, False
 
     @property

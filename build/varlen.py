@@ -89,6 +89,12 @@ class VarlenEncoder(Encoder):
             pooled = Pooled(read, read, below)
         return self.outputs(pooled) if self.shape.embeds else self.classify(pooled)
 
+    def use_flash_attention(self) -> None:
+        """Use no kernel of our own, as it takes a C compiler."""
+        for each in self.modules():
+            if isinstance(each, VarlenAttention):
+                each.short = False
+
 
 class VarlenAttention(nn.Module):
     """Attention within the texts of a flat batch."""

@@ -4,11 +4,26 @@ import importlib.util
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
-from aisle.build.varlen import MAX_FP8, attend, attend_short, split, tanh_gelu, to_fp8
+from aisle.build import varlen
+from aisle.build.cuda_runner import CudaRunner
+from aisle.build.varlen import (
+    MAX_FP8,
+    VarlenEncoder,
+    attend,
+    attend_short,
+    copy_weights,
+    shape_of,
+    split,
+    tanh_gelu,
+    to_fp8,
+)
+from tests.test_graph import random_bert
 
 KERNEL = """
 import torch
@@ -50,6 +65,20 @@ def test_attention_rounds_to_fp8_as_the_next_product_would() -> None:
     rounded = attend_short(qkv, offsets, 2, 64, scale / MAX_FP8)
     assert rounded.dtype == torch.float8_e4m3fn
     assert (rounded.float() == to_fp8(expected, scale / MAX_FP8).float()).all()
+
+
+def test_without_a_compiler_flash_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner gives up compiling, and then nothing may need a compiler."""
+    model = random_bert(0)
+    module = copy_weights(VarlenEncoder(shape_of(model), 128, torch.float32), model)
+    runner = CudaRunner(module, 128, torch.device("cpu"), max_batch_tokens=512)
+    batch = np.arange(40), np.array([10, 30])
+    expected, _ = runner(*batch)
+    monkeypatch.setattr(runner, "_warm", Mock(side_effect=RuntimeError("no C compiler")))
+    runner._compile(module, runner.layout.largest)
+    assert not runner.compiled
+    monkeypatch.setattr(varlen, "attend_short", Mock(side_effect=AssertionError))
+    assert np.allclose(runner(*batch)[0], expected, atol=1e-6)
 
 
 def test_the_fast_form_of_gelu_is_its_tanh_approximation() -> None:
