@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -307,22 +308,18 @@ def test_a_topic_is_classified_until_a_signal(mock: Mock, server: Server, classi
     texts = [f"usb c cable {number}m" for number in range(100)]
     bad = [(b"bad", b"no JSON"), (b"bad", b'{"text": ""}'), (b"bad", b'{"text": {"a": 1}}'), (b"gone", None)]
     mock.write("plain", [*((f"k{i}".encode(), product(text)) for i, text in enumerate(texts)), *bad])
+    options = [*access(mock, server.url), "--dead-letters", "plain.dead", "--json"]
+    command = [sys.executable, "-m", "aisle", "stream", "plain", "plain.out", "--text", "$.text", *map(str, options)]
     seen: dict[str, Any] = {}
-
-    def watch(port: str) -> None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
         try:
             seen["out"], seen["dead"] = mock.read("plain.out", 101), mock.read("plain.dead", 3)
-            seen["metrics"] = series(f"127.0.0.1:{port}")
+            seen["metrics"] = series(f"127.0.0.1:{options[5]}")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    options = [*access(mock, server.url), "--dead-letters", "plain.dead", "--json"]
-    watcher = threading.Thread(target=watch, args=(options[5],))
-    watcher.start()
-    done = aisle("stream", "plain", "plain.out", "--text", "$.text", *options)
-    watcher.join()
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
+            worker.send_signal(signal.SIGTERM)
+            out, err = worker.communicate(timeout=60)
+    assert worker.returncode == 0, err
+    counts = json.loads(out)
     assert [counts[name] for name in ("messages", "classified", "passed_on", "dead_letters")] == [104, 100, 1, 3]
     answers = {each.key(): each.value() for each in seen["out"]}
     assert answers.pop(b"gone") is None
