@@ -17,9 +17,7 @@ from aisle.build.graph import mean
 from aisle.errors import InputError
 
 MAX_FP8 = 448.0  # the largest number of float8_e4m3fn
-SHORT = (
-    256  # up to this many tokens of the longest text, attention in blocks of 64 tokens is faster than FlashAttention
-)
+SHORT = 256  # tokens; for longer texts, FlashAttention is faster than `kernels.attend`
 SHORT_WIDTHS = (32, 64, 128)  # sizes of an attention head that its kernel supports
 
 

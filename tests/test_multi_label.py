@@ -6,6 +6,8 @@ import csv
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -530,3 +532,9 @@ def test_the_split_counts_categories() -> None:
     assert all(set(parts.train.counts()) >= set(part.counts()) for part in parts[:3])
     with pytest.raises(InputError, match="has only one row"):
         split(clean_rows([*rows_of(100), ("x", "水果|single")], MULTI)[0])
+
+
+def test_evaluation_needs_the_packages_of_reports_only_for_a_report() -> None:
+    code = "import sys; sys.modules.update(matplotlib=None, jinja2=None); import aisle.train.evaluation.multi_label"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -70,10 +70,12 @@ class ServedRepository:
 
     def describe(self) -> str:
         """Return which numbers of processes were chosen, for people."""
-        encoders = (
-            f", {self.encoders} encoder process{'es' if self.encoders > 1 else ''} per GPU" if self.encoders else ""
-        )
-        return f"{encoders}, {self.tokenizers.describe()}" if self.tokenizers else encoders
+        found = []
+        if self.encoders:
+            found.append(f"{self.encoders} encoder process{'es' if self.encoders > 1 else ''} per GPU")
+        if self.tokenizers:
+            found.append(self.tokenizers.describe())
+        return "".join(f", {each}" for each in found)
 
     def add_version(self, version: int) -> None:
         """Add a version to all steps.

@@ -160,9 +160,7 @@ class Batcher:
         tokens, texts = sum(len(each.tokens) for each in group), sum(len(each.lengths) for each in group)
         bulk = any(each.bulk for each in group)
         if bulk and self._overlaps:
-            return (
-                False  # requests of a file form larger batches in the queue, and the host prepares the next meanwhile
-            )
+            return False  # in the queue, requests of a file form larger batches
         if self._estimate(tokens) <= self._inline_seconds:
             return tokens <= self._tokens and texts <= self._texts
         return tokens <= INLINE_TOKENS and not bulk

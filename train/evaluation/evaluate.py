@@ -61,7 +61,8 @@ def evaluate(
     if source:
         source.check_fields(text_column)
         labelling = labelling.after(source.labelling)
-    next(iter(read_labelled(data, text_column, label_column)), None)  # a table that cannot be read is refused first
+    else:
+        next(iter(read_labelled(data, text_column, label_column)), None)  # refuses a bad table before asking the server
     if source.multi_label if source else _serves_multi_label(url):
         from aisle.train.evaluation.multi_label import evaluate_multi_label
 

@@ -11,6 +11,15 @@ from aisle.palette import BLUE, GREY
 from aisle.plots import legend, log_axis, percent_axis
 from aisle.report import Page
 
+MULTI_LABEL_FIGURES = {
+    "micro_f1": "micro-F1: over all texts and categories at once",
+    "macro_f1": "macro-F1: the mean over the categories",
+    "weighted_f1": "weighted F1: the mean over the categories by their rows",
+    "mean_average_precision": "mean average precision of the categories",
+    "micro_average_precision": "average precision over all texts and categories at once",
+    "exact_match": "share of the texts with all their categories and no other",
+    "without_category": "share of the texts to which no category is given",
+}
 SHOWN_GROUPS = 40  # of errors, the most frequent
 
 
@@ -20,14 +29,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    part = "only rows that training held out" if result["held_out"] else "all rows"
-    skipped = ", ".join(f"{n} {reason}" for reason, n in result["skipped"].items()) or "none"
-    page = Page(
-        f"Evaluation of {result['evaluated']}",
-        f"{result['rows']} rows of {result['data']} ({part}); skipped: {skipped}; refused by the server: "
-        f"{result['refused']}. {result['texts_per_second']} texts per second.",
-        {name: result[name] for name in ("evaluated", "data", "held_out")},
-    )
+    page = _page(result)
     _overview(page, result)
     if result["unseen_labels"]:
         _unseen(page, result["unseen_labels"])
@@ -43,6 +45,42 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     if "baselines" in result:
         _rules(page, result["baselines"][-1]["rules"])
     page.write(path, result)
+
+
+def write_multi_label_report(result: dict[str, Any], path: Path) -> None:
+    """Write the page of a multi-label model, and its figures beside it as .json.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    page = _page(result, "Multi-label: a text has several categories. ")
+    sizes = result["categories_per_text"]
+    page.heading("Overview")
+    page.table(["figure", "value"], [[title, result[name]] for name, title in MULTI_LABEL_FIGURES.items()])
+    page.text(f"A text has {sizes['actual']:.2f} categories on average; the model gives it {sizes['given']:.2f}.")
+    if result["unseen_labels"]:
+        page.heading("Categories that the model never saw")
+        page.table(["category", "rows"], [[each["label"], each["rows"]] for each in result["unseen_labels"]])
+    page.heading("Categories, the weakest first")
+    keys = ("precision", "recall", "f1", "average_precision", "support")
+    rows = sorted(result["per_class"].items(), key=lambda item: item[1]["f1"])
+    page.table(
+        ["category", "precision", "recall", "F1", "average precision", "rows"],
+        [[name, *(row[key] for key in keys)] for name, row in rows],
+    )
+    page.write(path, result)
+
+
+def _page(result: dict[str, Any], kind: str = "") -> Page:
+    """Return a page that says what was evaluated; `kind` begins its text."""
+    part = "only rows that training held out" if result["held_out"] else "all rows"
+    skipped = ", ".join(f"{n} {reason}" for reason, n in result["skipped"].items()) or "none"
+    return Page(
+        f"Evaluation of {result['evaluated']}",
+        f"{kind}{result['rows']} rows of {result['data']} ({part}); skipped: {skipped}; refused by the server: "
+        f"{result['refused']}. {result['texts_per_second']} texts per second.",
+        {name: result[name] for name in ("evaluated", "data", "held_out")},
+    )
 
 
 def _overview(page: Page, result: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from aisle.preprocess.clean import LabelledTexts, clean_rows
 from aisle.preprocess.label_sets import indicators, joined
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import read_labelled
-from aisle.report import Page
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.metrics import score_sets
 from aisle.train.core.multi_label import Assigned
@@ -85,7 +84,9 @@ def evaluate_multi_label(
         **score_sets(indicators(sets, predictor.names), answers.assigned, predictor.names),
     }
     if report:
-        _page(result).write(report, result)
+        from aisle.train.evaluation.evaluation_report import write_multi_label_report
+
+        write_multi_label_report(result, report)
     return result
 
 
@@ -163,40 +164,3 @@ def _open(source: Checkpoint | None, url: str) -> Iterator[MultiLabelPredictor]:
         return
     with Classifier.from_environment(url) as classifier:
         yield _OfServer(classifier)
-
-
-FIGURES = {
-    "micro_f1": "micro-F1: over all texts and categories at once",
-    "macro_f1": "macro-F1: the mean over the categories",
-    "weighted_f1": "weighted F1: the mean over the categories by their rows",
-    "mean_average_precision": "mean average precision of the categories",
-    "micro_average_precision": "average precision over all texts and categories at once",
-    "exact_match": "share of the texts with all their categories and no other",
-    "without_category": "share of the texts to which no category is given",
-}
-
-
-def _page(result: dict[str, Any]) -> Page:
-    part = "only rows that training held out" if result["held_out"] else "all rows"
-    skipped = ", ".join(f"{n} {reason}" for reason, n in result["skipped"].items()) or "none"
-    page = Page(
-        f"Evaluation of {result['evaluated']}",
-        f"Multi-label: a text has several categories. {result['rows']} rows of {result['data']} ({part}); skipped: "
-        f"{skipped}; refused by the server: {result['refused']}. {result['texts_per_second']} texts per second.",
-        {name: result[name] for name in ("evaluated", "data", "held_out")},
-    )
-    sizes = result["categories_per_text"]
-    page.heading("Overview")
-    page.table(["figure", "value"], [[title, result[name]] for name, title in FIGURES.items()])
-    page.text(f"A text has {sizes['actual']:.2f} categories on average; the model gives it {sizes['given']:.2f}.")
-    if result["unseen_labels"]:
-        page.heading("Categories that the model never saw")
-        page.table(["category", "rows"], [[each["label"], each["rows"]] for each in result["unseen_labels"]])
-    page.heading("Categories, the weakest first")
-    keys = ("precision", "recall", "f1", "average_precision", "support")
-    rows = sorted(result["per_class"].items(), key=lambda item: item[1]["f1"])
-    page.table(
-        ["category", "precision", "recall", "F1", "average precision", "rows"],
-        [[name, *(row[key] for key in keys)] for name, row in rows],
-    )
-    return page
