@@ -62,5 +62,5 @@ def test_cross_fitting_prevents_overconfidence_on_training_texts() -> None:
 
 
 def test_too_few_texts_for_cross_fitting_are_refused() -> None:
-    with pytest.raises(InputError, match="too few for an SVM to teach; leave --linear-share out"):
+    with pytest.raises(InputError, match="too few for an SVM to teach; add texts, or leave out --linear-share"):
         LinearTeacher(LabelledTexts(["苹果 红富士", "手机壳 防摔"], ["水果", "配件"]), ["水果", "配件"])

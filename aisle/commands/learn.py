@@ -27,7 +27,7 @@ from aisle.commands import (
     show_metrics,
     show_rows,
 )
-from aisle.commands.command import Stage, folder_to_write, refuse, resumable
+from aisle.commands.command import Stage, choices, folder_to_write, refuse, resumable
 from aisle.commands.options import takes
 from aisle.commands.tables import FoldLabels, LabelMap, MinRows, labelling, reads_tables
 from aisle.console import show
@@ -36,6 +36,9 @@ from aisle.train.core.settings import DecisionTargets, TrainingSettings
 
 app = Stage()
 SCRATCH_ONLY = ("layers", "hidden_size")
+RECIPES = ("plain", "best")
+# What a student does not learn, and what a run of several steps does not have.
+OF_PLAIN = ("multi_label", "contrastive", "mixup", "folds")
 OF_DECISIONS = ("accept_precision", "set_error", "unknown_share")
 OF_PRETRAINING = (
     *("model", "layers", "hidden_size", "epochs", "batch_size", "learning_rate", "max_tokens", "accumulate", "seed"),
@@ -52,6 +55,14 @@ def train(
     out: Output,
     settings: TrainingSettings,
     targets: DecisionTargets,
+    recipe: Annotated[
+        str,
+        choices(
+            lambda: RECIPES,
+            "plain: one training. best: pretrain on the texts, then distil a model of the same size from two trainings "
+            "and a linear SVM. It says first how long this takes.",
+        ),
+    ] = "plain",
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     save_every: SaveEvery = None,
@@ -72,7 +83,11 @@ def train(
     refuse_ignored(ctx, settings)
     if multi_label:
         refuse(ctx, *OF_DECISIONS, because="is for decisions, which a --multi-label model does not have")
-    from aisle.train.fit.train import train as run
+    if recipe == "best":
+        refuse(ctx, *OF_PLAIN, because="does not go with --recipe best")
+        from aisle.train.fit.recipe import train_best as run
+    else:
+        from aisle.train.fit.train import train as run
 
     with resumable():
         result = run(
@@ -179,6 +194,9 @@ def refuse_ignored(ctx: typer.Context, settings: TrainingSettings) -> None:
 
 def _show_training(result: dict[str, Any]) -> None:
     show_metrics(result)
+    if "teachers" in result:
+        taught = result["teachers"]
+        show(f"its teachers and the SVM together: accuracy {taught['accuracy']:.4f}, macro-F1 {taught['macro_f1']:.4f}")
     if "cross_validation" in result:
         mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
         spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)

@@ -28,12 +28,13 @@ from aisle.report import Page
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.linear import LinearSvm
 from aisle.train.core.metrics import score
-from aisle.train.core.settings import StudentSpec, TrainingSettings
+from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split, split
 from aisle.train.experiments.experiment import FIGURES, begin, summarize
 from aisle.train.fit.distil import distil
 from aisle.train.fit.model import check_settings
 from aisle.train.fit.pretrain import pretrain
+from aisle.train.fit.recipe import for_student, plain, same_size
 from aisle.train.fit.train import train
 
 BASELINE = "TF-IDF + linear SVM"
@@ -129,35 +130,27 @@ def measure_stages(
     return result
 
 
-def _plain(settings: TrainingSettings) -> TrainingSettings:
-    """Return the settings without augmentation."""
-    return replace(settings, augment=(), class_floor=0, mixup=0.0)
-
-
 def _train_teachers(stages: _Stages, parts: Split, settings: TrainingSettings, pretraining_epochs: int) -> None:
     """Measure the baseline and the stages from scratch, with augmentation and pretrained, with one seed."""
-    plain, language = _plain(settings), stages.out / "language-model"
+    unvaried, language = plain(settings), stages.out / "language-model"
     stages.measure(BASELINE, settings.seed, partial(_baseline, parts))
-    stages.train("from scratch", plain)
-    if settings != plain:
+    stages.train("from scratch", unvaried)
+    if settings != unvaried:
         stages.train("with augmentation", settings)
     if not (language / "pretraining.json").is_file():
-        pretraining = replace(plain, seed=0, epochs=pretraining_epochs)
+        pretraining = replace(unvaried, seed=0, epochs=pretraining_epochs)
         pretrain([stages.data], stages.columns[0], language, pretraining, overwrite=True)
-    stages.train("pretrained", replace(plain, model=str(language)))
+    stages.train("pretrained", replace(unvaried, model=str(language)))
 
 
 def _train_student(stages: _Stages, parts: Split, settings: TrainingSettings, seeds: int) -> None:
     """Measure a student of the teachers of all seeds, and its INT8 engine; its first teacher has its own seed."""
-    plain, seed = _plain(settings), settings.seed
+    seed = settings.seed
     first = stages.folder("pretrained", seed)
     others = [stages.folder(step, each) for each in range(seeds) for step in ("pretrained", "from scratch")]
     teachers = [first, *(each for each in others if each != first)]
     names = [str(each.relative_to(stages.out)) for each in teachers]
-    # The teachers are no larger than the student. It learns from their differences, not from one's hidden states.
-    spec = StudentSpec(layers=settings.layers, hidden_weight=0.0, linear_share=0.5)
-    # Learning soft labels takes more epochs than learning labels (Beyer et al. 2022, arXiv:2106.05237).
-    longer = replace(plain, epochs=2 * plain.epochs)
+    longer, spec = for_student(plain(settings)), same_size(settings.layers)
     student = stages.folder("distilled", seed)
     learn = partial(distil, teachers, stages.data, *stages.columns, student, longer, spec, overwrite=True)
     stages.measure("distilled", seed, learn, names)

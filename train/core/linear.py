@@ -103,7 +103,7 @@ class LinearTeacher:
             scores = self._fit(train, labels)
         except ValueError as error:  # from scikit-learn: only one category, or no n-gram that occurs twice
             few = f"{len(train.texts)} texts are too few for an SVM to teach"
-            raise InputError(f"{few}; leave --linear-share out") from error
+            raise InputError(f"{few}; add texts, or leave out --linear-share or --recipe best") from error
         self.temperature = fit_temperature(scores, [labels.index(label) for label in train.labels])
         self._known = dict(zip(train.texts, scores, strict=True))
 

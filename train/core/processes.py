@@ -47,13 +47,16 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, if any; only the main one prints."""
+    """Join the processes that torchrun started, if any; only the main one prints.
+
+    Steps of a longer run, which is in such a context already, get the same processes.
+    """
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if count == 1:
+    if count == 1 or dist.is_initialized():
         yield Processes(rank, count, device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

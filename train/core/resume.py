@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -56,13 +56,24 @@ def check_replaceable(out: Path, mark: str, overwrite: bool) -> None:
         raise InputError(f"{out} holds a checkpoint; replace it with --overwrite, or choose another folder")
 
 
+def folder_beside(out: Path) -> Path:
+    """Return the hidden folder of a run that writes `out`."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
-def working_folder(out: Path, config: dict[str, Any], *, is_main: bool = True) -> Iterator[Path]:
-    """Yield the folder `.OUT.partial`; it is removed at the end, unless an error left a state worth keeping.
+def working_folder(
+    out: Path, config: dict[str, Any], *, is_main: bool = True, kept: Sequence[str] = (STATE,)
+) -> Iterator[Path]:
+    """Yield the folder `.OUT.partial`; it is removed at the end, unless an error left a file worth keeping.
 
     `config` is the run's `identity`. The state of a run with another configuration is deleted, and a message names the
     differences. If several processes train together, only the main one uses this folder; the others get temporary
     folders.
+
+    Args:
+        kept: the names of the files that are worth keeping.
 
     Raises:
         InputError: the folder cannot be written, or another run is using it.
@@ -71,30 +82,34 @@ def working_folder(out: Path, config: dict[str, Any], *, is_main: bool = True) -
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
-    out = out.absolute()
-    folder = out.with_name(f".{out.name}.partial")
+    folder = folder_beside(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise InputError(f"cannot write to {out.parent}: {error.strerror}") from None
+        raise InputError(f"cannot write to {folder.parent}: {error.strerror}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another run is writing {out}; wait for it or choose another folder") from None
-        _empty_unless(folder, config)
+        _empty_unless(folder, config, kept)
         write_json(folder / "run.json", config)
         try:
             yield folder
         except BaseException:
-            if not any(folder.rglob(STATE)):
+            if not _holds(folder, kept):
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
-def _empty_unless(folder: Path, config: dict[str, Any]) -> None:
+def _holds(folder: Path, names: Iterable[str]) -> bool:
+    """Return whether a folder or one below it holds a file of one of the names."""
+    return any(True for name in names for _ in folder.rglob(name))
+
+
+def _empty_unless(folder: Path, config: dict[str, Any], kept: Sequence[str]) -> None:
     """Delete the state of a run with another configuration."""
     if not (folder / "run.json").is_file():
         return
@@ -105,7 +120,7 @@ def _empty_unless(folder: Path, config: dict[str, Any]) -> None:
         differing = ["run.json"]
     if not differing:
         return
-    if any(folder.rglob(STATE)):
+    if _holds(folder, kept):
         say(f"starting from the beginning: the run stopped in {folder} differs in {', '.join(differing)}")
     for path in folder.iterdir():
         if path.is_dir():
