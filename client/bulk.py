@@ -119,6 +119,7 @@ def classify_file(
         "warnings": found["warning"],
         "versions": {str(version): rows for version, rows in sorted(versions.items())},
         "renamed": names,
+        "multi_label": models.multi_label,
         "seconds": round(seconds, 3),
         "texts_per_second": round((total - done.rows) / seconds, 1),
         "output": str(out),

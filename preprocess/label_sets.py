@@ -1,11 +1,13 @@
 """Sets of categories: several categories for one text.
 
-In CSV and spreadsheets, a cell has its categories separated by `|`. In JSON and Parquet it may be a list of them. In
-memory a set is one string: its categories in alphabetical order, separated by `|`. So no category can contain a `|`.
+In CSV and spreadsheets, a cell has its categories separated by `|`, or is a JSON list. In JSON and Parquet it may be a
+list of them. In memory a set is one string: its categories in alphabetical order, separated by `|`. So no category can
+contain a `|`.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -28,12 +30,14 @@ def read_label_set(raw: object, renamed: Mapping[str, str]) -> Names:
     """Return the categories that a cell holds, after renaming.
 
     Args:
-        raw: a list of categories, or a text with `|` between them.
+        raw: a list of categories, as it is or as JSON, or a text with `|` between them.
 
     Raises:
         TextError: it holds none, or one of them is missing or not a text.
         InputError: a category contains a `|`.
     """
+    if isinstance(raw, str) and raw.lstrip().startswith("["):
+        raw = _from_json(raw)
     if isinstance(raw, list | tuple):
         given = [prepare_label(each) for each in raw]
     else:
@@ -44,6 +48,29 @@ def read_label_set(raw: object, renamed: Mapping[str, str]) -> Names:
     if bad := next((name for name in sorted(names) if BAR in name), None):
         raise InputError(f"category {bad!r} contains {BAR!r}, which separates categories; rename it with --label-map")
     return tuple(sorted(names))
+
+
+def _from_json(cell: str) -> object:
+    """Return the list of texts that a cell holds as JSON; another cell as it is."""
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else cell
+
+
+def note_on_sets(labels: Sequence[str]) -> str | None:
+    """Return a note if no text has several categories, which is what a wrong separator looks like; else None.
+
+    Args:
+        labels: sets of categories, as `joined` returns them.
+    """
+    if any(BAR in label for label in labels):
+        return None
+    other = next((mark for mark in (";", ",", "/") if any(mark in label for label in labels)), None)
+    example = next((label for label in labels if other and other in label), None)
+    shown = f"; {example!r} is read as one category" if example else ""
+    return f"no text has several categories{shown}; separate them with {BAR!r}, or leave out --multi-label"
 
 
 def joined(names: Iterable[str]) -> str:

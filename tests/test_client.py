@@ -36,7 +36,7 @@ from aisle.errors import InputError
 from aisle.preprocess.tables.table import read_rows
 from aisle.preprocess.tables.writing import write_rows
 
-from .conftest import Server
+from .conftest import Server, aisle
 
 TITLES = [f"{kind} {i}号" for i in range(150) for kind in ("红富士苹果", "手机壳 防摔", "猫粮 成猫")]
 
@@ -315,6 +315,18 @@ def test_a_refused_job_writes_nothing(classifier: Classifier, tmp_path: Path) ->
         with pytest.raises(InputError, match=complaint):
             classify_file(classifier, source, tmp_path / out, column, top_k)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_file_in_which_no_row_has_an_answer_is_no_success(server: Server, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('id,text\n1," "\n2,""\n', "utf-8")
+    done = aisle("classify", source, "-o", out, "--url", server.url, "--json")
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1] == f"aisle: no row of {source} has an answer; the column error of {out} says why"
+    )
+    assert json.loads(done.stdout)["errors"] == 2
+    assert all(row["error"] for row in read_rows(out))
 
 
 def test_an_empty_file(classifier: Classifier, tmp_path: Path) -> None:

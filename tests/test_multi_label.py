@@ -23,7 +23,7 @@ from aisle.client import Classifier, Prediction, TrafficLog
 from aisle.deploy.rest.models import answer_of
 from aisle.errors import InputError
 from aisle.preprocess.clean import clean_rows
-from aisle.preprocess.label_sets import JOINED, indicators, read_label_set
+from aisle.preprocess.label_sets import JOINED, indicators, note_on_sets, read_label_set
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.values import TextError
 from aisle.train.core.calibration import fit_sigmoid_temperature
@@ -136,10 +136,23 @@ def assert_same(found: Sequence[Any], expected: Sequence[dict[str, float]]) -> N
             assert confidence == pytest.approx(wanted[name], abs=1e-4)
 
 
+def test_a_table_without_several_categories_is_told() -> None:
+    assert note_on_sets(["a", "b|c"]) is None
+    assert note_on_sets(["a", "b;c"]) == (
+        "no text has several categories; 'b;c' is read as one category; separate them with '|', or leave out "
+        "--multi-label"
+    )
+    assert (
+        note_on_sets(["a", "b"]) == "no text has several categories; separate them with '|', or leave out --multi-label"
+    )
+
+
 def test_a_set_is_a_list_or_a_text_with_bars() -> None:
     assert read_label_set("b | a|b", {}) == ("a", "b")
     assert read_label_set(["b", " a "], {"b": "c"}) == ("a", "c")
     assert read_label_set("a", {}) == ("a",)
+    assert read_label_set('["b", "a"]', {}) == ("a", "b")  # a JSON list in a cell
+    assert read_label_set("[new] a", {}) == ("[new] a",)
     for bad in ("", None, [], "a||b", "a|", [""], {"a": 1}, [["a"]], True):
         with pytest.raises(TextError):
             read_label_set(bad, {})

@@ -206,7 +206,9 @@ def test_the_server_is_measured_as_the_checkpoint(server: Server, checkpoint: Pa
 
 
 def test_a_version_without_decisions_says_so(without: Server, sample: Path) -> None:
-    complaint = "^this version has no decisions; fit them with aisle decide CHECKPOINT, then build and deploy it again$"
+    complaint = (
+        "^this version has no decisions; fit them with aisle decide CHECKPOINT, then build and deploy it again; a "
+    )
     with Classifier(without.url, timeout=60) as classifier:
         assert not classifier.has_decisions()
         assert classifier.classify(["好"])[0].decision is None

@@ -21,6 +21,7 @@ from confluent_kafka import KafkaError
 from confluent_kafka import Message as KafkaMessage
 
 from aisle.client import Classifier, ClassifierError, Failure, InvalidText, Prediction
+from aisle.client.wire import Models
 from aisle.deploy.server.triton import free_ports
 from aisle.deploy.stream import kafka
 from aisle.deploy.stream.asking import TRIES, Asker
@@ -28,6 +29,8 @@ from aisle.deploy.stream.figures import DESCRIPTIONS, Figures
 from aisle.deploy.stream.formats import read_debezium, read_json
 from aisle.deploy.stream.paths import check_fields, parse_all
 from aisle.deploy.stream.settings import KafkaOptions, read_properties
+from aisle.deploy.stream.stream import Route, outputs_of
+from aisle.deploy.stream.transport import Message
 from aisle.deploy.stream.worker import StreamOptions, classify_topic
 from aisle.errors import InputError
 
@@ -36,6 +39,8 @@ from .conftest import Server, aisle, series, wait_for
 from .fake import fake_server
 
 FAST = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 500, "socket.timeout.ms": 4000}  # so that tests wait less
+
+SMALL_MESSAGES = {"message.max.bytes": 2000}
 
 
 def options_for(broker: Topics | Proxy, url: str, name: str = "w1", topic: str = "in", **more: Any) -> StreamOptions:
@@ -256,8 +261,8 @@ class Failing:
         for text in texts:
             yield Prediction((text,), (0.5,), self.version, decision="accept" if decisions else None)
 
-    def has_decisions(self) -> bool:
-        return self.decide
+    def models(self) -> Models:
+        return Models({}, self.decide, multi_label=self.version > 2)
 
     def probe(self, *, bulk: bool) -> None: ...
 
@@ -298,6 +303,21 @@ def test_decisions_come_and_go_with_the_model() -> None:
     assert decisions() == [None]
 
 
+def test_a_multi_label_model_gives_lists() -> None:
+    classifier = Failing("-")
+    asking = asker(classifier, Transport())
+    messages = [Message(None, b'{"text": "a"}', (), "in", 0, 0)]
+    route = Route(read_json, parse_all(["$.text"]), "out", "dead")
+
+    def value() -> Any:
+        (output,) = outputs_of(messages, ["a"], asking.ask(["a"]), route, asking)
+        return json.loads(output.value or b"")
+
+    assert value() == {"category": "a", "confidence": 0.5, "version": 1}
+    classifier.version = 3  # after a rollout
+    assert value() == {"categories": ["a"], "confidences": [0.5], "version": 3}
+
+
 # The answers
 
 
@@ -336,6 +356,21 @@ def test_a_topic_is_classified_until_a_signal(mock: Mock, server: Server, classi
     assert names >= {*DESCRIPTIONS} - {"aisle_stream_refusals_total"}
     assert seen["metrics"]['aisle_stream_messages_total{result="classified"}'] == 100
     assert {value for name, value in seen["metrics"].items() if name.startswith("aisle_stream_lag")} == {0}
+
+
+def test_a_key_that_is_too_large_does_not_stop_the_stream(mock: Mock) -> None:
+    for topic in ("keys", "keys.out", "keys.dead"):
+        mock.create(topic, 1)
+    mock.write("keys", [(b"k" * 5000, product("a")), (b"k" * 5000, None), (b"small", product("b"))])
+    with fake_server() as fake, streaming(options_for(mock, fake.url, topic="keys", properties=SMALL_MESSAGES)) as stop:
+        answers, dead = mock.read("keys.out", 1), mock.read("keys.dead", 2)
+        counts = stop()
+    assert [each.key() for each in answers] == [b"small"]
+    assert [(each.key(), each.value(), header(each, "aisle.source")) for each in dead] == [
+        (None, None, "keys/0/0"),
+        (None, None, "keys/0/1"),
+    ]
+    assert (counts["classified"], counts["dead_letters"]) == (1, 2)
 
 
 EPOCH_IS_OLD, GENERATION_IS_OLD = 47, 22

@@ -285,6 +285,7 @@ def classify(
                     decisions=decisions,
                 )
             report(result, as_json, lambda _: None, _after_file(result, out, text_column))
+            _refuse_only_errors(result, what[0], out)
             return
         if decisions is None:
             decisions = classifier.has_decisions()
@@ -325,6 +326,7 @@ def embed(
             done = f"{embedded} of {result['rows']} rows have an embedding of {result['size']} numbers, in {out}"
             following = ("aisle", "index", out, "-o", "index") if out.suffix == ".parquet" else ()
             report(result, as_json, lambda _: None, (done, *following))
+            _refuse_only_errors(result, what[0], out)
             return
         vectors = classifier.embed(what, size=size)
     rows = [{"text": text, "embedding": row.tolist()} for text, row in zip(what, vectors, strict=True)]
@@ -425,11 +427,24 @@ def _check_texts_or_file(ctx: typer.Context, what: list[str], out: Path | None) 
 
 
 def _after_file(result: dict[str, Any], out: Path, text_column: str) -> tuple[object, ...]:
-    """Return the next step after a file."""
+    """Return what is done, and the next step. Only rows with one category each can be reviewed."""
     done = f"{result['rows']} rows, {result['errors']} errors, {result['warnings']} warnings in {out}"
     text_column = result["renamed"].get(text_column, text_column)
     columns = other_columns(text_column)
-    return (done,) if str(out) == "-" else (done, "aisle", "review", out, *columns, "-o", "to_label.csv")
+    if str(out) == "-" or result["multi_label"] or result["errors"] == result["rows"]:
+        return (done,)
+    return (done, "aisle", "review", out, *columns, "-o", "to_label.csv")
+
+
+def _refuse_only_errors(result: dict[str, Any], source: str, out: Path) -> None:
+    """Let the exit code tell that no row has an answer.
+
+    Raises:
+        InputError: every row is an error.
+    """
+    if result["rows"] and result["errors"] == result["rows"]:
+        why = "" if out.suffix == ".npy" else f"; the column error of {out} says why"
+        raise InputError(f"no row of {source} has an answer{why}")
 
 
 @app.command()

@@ -42,8 +42,9 @@ def stream(
     ] = None,
     group: Annotated[str, typer.Option(help="The consumer group. Its workers share the partitions.")] = "aisle",
     instance: Annotated[
-        str, typer.Option(help="This worker's name in the group; no other has it.", show_default="the host's name")
-    ] = "",
+        str | None,
+        typer.Option(help="This worker's name in the group; no other has it.", show_default="the host's name"),
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", callback=among(formats), autocompletion=formats, help="json or debezium.")
     ] = "json",
@@ -63,8 +64,9 @@ def stream(
     dead_letters = dead_letters or f"{target}.dead-letters"
     if len({source, target, dead_letters}) < 3:
         raise InputError("FROM, TO and --dead-letters must be three different topics")
-    if not group:
-        raise InputError("--group is empty; give a name")
+    for option, name in (("--group", group), ("--instance", instance), ("--brokers", brokers)):
+        if name == "":
+            raise InputError(f"{option} is empty; give a name, or leave it out")
     properties = read_properties(config, brokers)
     options = StreamOptions(
         KafkaOptions(source, target, dead_letters, group, instance or socket.gethostname(), properties),

@@ -13,7 +13,10 @@ from aisle.deploy.serving.cache import DECISION, PAIR
 from aisle.train.core.decisions import OUTCOMES, Decisions
 
 OUTPUTS = ("decision", "decided", "prediction_set", "energy")
-MISSING = "this version has no decisions; fit them with aisle decide CHECKPOINT, then build and deploy it again"
+MISSING = (
+    "this version has no decisions; fit them with aisle decide CHECKPOINT, then build and deploy it again; a "
+    "multi-label model cannot have them"
+)
 Tensors = dict[str, Any]
 
 

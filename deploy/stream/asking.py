@@ -35,9 +35,13 @@ class Asker:
         """
         self._classifier, self._transport = classifier, transport
         self._figures, self._stopping = figures, stopping
-        self._versions: set[int] = set()  # for which `_decisions` is known
-        self._decisions = classifier.has_decisions()
+        self._versions: dict[int, bool] = {}  # those that have answered, and whether they give sets of categories
+        self._decisions = classifier.models().has_decisions
         self._paused = False
+
+    def gives_sets(self, version: int) -> bool:
+        """Return whether a version that has answered is a multi-label model."""
+        return self._versions[version]
 
     def ask(self, texts: Sequence[Any]) -> list[Answer]:
         """Return an answer to each text, in order; fewer only after a stop.
@@ -76,19 +80,20 @@ class Asker:
                 if len(answers) % POLL_EACH == 0:
                     self._transport.poll()
         except InvalidText:
-            before, self._decisions = self._decisions, self._classifier.has_decisions()
+            before, self._decisions = self._decisions, self._classifier.models().has_decisions
             if before == self._decisions:
                 raise
 
     def _note(self, answer: Answer) -> None:
-        """End a pause; ask of a version that is new whether it has decisions, for the next request."""
+        """End a pause; ask of a version that is new what it gives. Decisions are asked for from the next request on."""
         if self._paused:
             self._paused = False
             self._figures.paused(False)
             say("the server answers again")
         if isinstance(answer, Prediction) and answer.version not in self._versions:
-            self._decisions = self._classifier.has_decisions()
-            self._versions.add(answer.version)
+            models = self._classifier.models()
+            self._decisions = models.has_decisions
+            self._versions[answer.version] = models.multi_label
 
     def _is_well(self) -> bool:
         """Return whether the server classifies another text."""

@@ -195,17 +195,20 @@ class KafkaTransport:
         return written
 
     def _produce(self, output: Output) -> Output:
-        """Write an output. One that is too large becomes a dead letter without a value."""
+        """Write an output. One that is too large becomes a dead letter without a value, or without key and headers."""
+        *larger, bare = _ever_smaller(output, self._options.dead_letters)
+        for each in larger:
+            try:
+                return self._send(each)
+            except KafkaException as failure:
+                if error_of(failure).code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                    raise
+        return self._send(bare)
+
+    def _send(self, output: Output) -> Output:
         headers: Any = [*output.headers]
         where = {"key": output.message.key, "headers": headers, "on_delivery": self._note_delivery}
-        try:
-            self._producer.produce(output.topic, output.value, **where)
-        except KafkaException as failure:
-            if error_of(failure).code() != KafkaError.MSG_SIZE_TOO_LARGE or output.value is None:
-                raise
-            size = (SIZE, str(len(output.value)).encode())
-            smaller = replace(output, topic=self._options.dead_letters, value=None, result=DEAD_LETTER)
-            return self._produce(replace(smaller, added=(*output.added, size)))
+        self._producer.produce(output.topic, output.value, **where)
         return output
 
     def _patiently(self, call: Callable[[], T]) -> T:
@@ -293,6 +296,13 @@ class KafkaTransport:
 
     def _at(self, partition: int, offset: int = -1001) -> TopicPartition:
         return TopicPartition(self._options.source, partition, offset)
+
+
+def _ever_smaller(output: Output, dead_letters: str) -> list[Output]:
+    """Return an output, the same as a dead letter without a value, and one without key and headers too."""
+    size = (SIZE, str(len(output.value or b"")).encode())
+    empty = replace(output, topic=dead_letters, value=None, result=DEAD_LETTER, added=(*output.added, size))
+    return [output, empty, replace(empty, message=replace(output.message, key=None, headers=()))]
 
 
 def _bytes(value: Any) -> bytes | None:

@@ -40,22 +40,28 @@ def run(transport: Transport, asker: Asker, route: Route, stopping: threading.Ev
         answers = asker.ask(texts)
         if len(answers) < len(texts):  # stopped; the next start reads these messages again
             return
-        yield from transport.commit([*_outputs(messages, read, answers, route)])
+        yield from transport.commit([*outputs_of(messages, read, answers, route, asker)])
 
 
 def _is_text(read: Any) -> bool:
     return read is not None and not isinstance(read, Failure)
 
 
-def _outputs(
-    messages: Sequence[Message], read: Sequence[Any], answers: Sequence[Answer], route: Route
+def outputs_of(
+    messages: Sequence[Message], read: Sequence[Any], answers: Sequence[Answer], route: Route, asker: Asker
 ) -> Iterator[Output]:
     """Yield the output of each message, in order."""
     left = iter(answers)
     for message, each in zip(messages, read, strict=True):
         answer = next(left) if _is_text(each) else each
         if isinstance(answer, Prediction):
-            yield Output(message, route.target, _value(answer), CLASSIFIED, version=answer.version)
+            yield Output(
+                message,
+                route.target,
+                _value(answer, asker.gives_sets(answer.version)),
+                CLASSIFIED,
+                version=answer.version,
+            )
         elif isinstance(answer, Failure):
             reason = (REASON, answer.message.encode())
             yield Output(message, route.dead_letters, message.value, DEAD_LETTER, (reason,))
@@ -63,8 +69,10 @@ def _outputs(
             yield Output(message, route.target, message.value, PASSED_ON)
 
 
-def _value(answer: Prediction) -> bytes:
+def _value(answer: Prediction, is_set: bool) -> bytes:
     value: dict[str, Any] = {"category": answer.category, "confidence": answer.confidence}
+    if is_set:
+        value = {"categories": answer.categories, "confidences": answer.confidences}
     if answer.decision is not None:
         value |= {"decision": answer.decision, "decided": answer.decided or None}
     return json.dumps({**value, "version": answer.version}, ensure_ascii=False).encode()

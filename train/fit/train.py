@@ -16,7 +16,7 @@ from aisle.files import put_in_place
 from aisle.preprocess.clean import CleaningReport, LabelledTexts, clean_rows
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.fields import columns_of
-from aisle.preprocess.label_sets import indicators
+from aisle.preprocess.label_sets import indicators, note_on_sets
 from aisle.preprocess.labels import Labelling, sets_note
 from aisle.preprocess.tables.table import fingerprint, read_labelled
 from aisle.train.core.calibration import fit_sigmoid_temperature, fit_temperature
@@ -74,6 +74,8 @@ def train(
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
     if not table.texts and "label not text" in cleaning.dropped:
+        if labelling.multi_label:
+            raise InputError(f"{data}: no label is a text or a list of texts")
         raise InputError(f"{data}: no label is a text; if they are lists of categories, give --multi-label")
     made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
     made_from |= labelling.metadata()
@@ -125,7 +127,7 @@ def train_table(
     if settings.level_weight:
         check_levels(parts.labels)
     warn_of_few(parts)
-    note = None if table.multi_label else sets_note(parts.labels)
+    note = note_on_sets(table.labels) if table.multi_label else sets_note(parts.labels)
     with processes() as world, working_folder(out, identity(settings, made_from, world), is_main=world.is_main) as work:
         say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
         for each in [*cleaning.notes(), *([note] if note else [])]:
