@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from aisle.build.graph import PackedEncoder, WithEmbeddings
 from aisle.preprocess.pack import Packed, pack
 
+# It warns that operators of torchvision, which no graph of ours has, are left out.
+logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
