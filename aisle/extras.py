@@ -50,6 +50,7 @@ EXTRAS = {
     "stream": ("stream",),
     "study": ("build", "report"),
     "train": ("train",),
+    "watch": ("evaluate",),
 }
 EXTRAS_WITH_URL = {"evaluate": ("evaluate",), "explain": ("evaluate",)}  # with --url, the server runs the model
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,\s-]+)\])?.*?;.*?extra == ['\"]([\w-]+)['\"]")

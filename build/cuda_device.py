@@ -6,13 +6,12 @@ import os
 
 import torch
 
-from aisle.build.cuda_runtime import gpu_name
+from aisle.build.cuda_runtime import ON_CPU, gpu_name
 from aisle.errors import InputError
 
 # Compute capabilities: FlashAttention needs Ampere, fp8 matrix products need Ada or Hopper.
 MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_FP8 = (8, 9)
-ON_CPU = "AISLE_CUDA_ON_CPU"  # environment variable for tests: run on the CPU if there is no GPU
 
 
 def find_device(device_id: int = 0) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+ON_CPU = "AISLE_CUDA_ON_CPU"  # environment variable for tests: target `cuda` runs on the CPU if there is no GPU
 TOO_OLD = 35  # cudaErrorInsufficientDriver
 # After one of these errors every later CUDA call of the process fails too; only a new process gets a working context.
 # They are documented at cudaError_t in the CUDA runtime reference.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aisle.build.cuda_device import ON_CPU, gpu_problem
+from aisle.build.cuda_device import gpu_problem
+from aisle.build.cuda_runtime import ON_CPU
 from aisle.loadtest.bench.fixtures import config_of
 from aisle.loadtest.bench.gpu.bench import LIMITS, GpuBenchSettings, bench_gpu, with_shares
 from aisle.loadtest.bench.gpu.engines import Bench

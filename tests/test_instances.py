@@ -11,8 +11,9 @@ import pytest
 from aisle.build.repository import TEMPLATE
 from aisle.deploy.server import instances, served_repository
 from aisle.deploy.server.installation import infer_threads
-from aisle.deploy.server.instances import Tokenizers, with_instances
+from aisle.deploy.server.instances import Tokenizers, check_gpu, with_instances
 from aisle.deploy.server.served_repository import ServedRepository
+from aisle.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,15 @@ def test_encoders_by_cores_and_gpus(
     assert f"instance_group [ {{ count: {processes} kind: KIND_GPU }} ]" in config
     assert f", {processes} encoder process" in served.describe()
     assert "encoder" not in ServedRepository(tmp_path / "repository", tmp_path / "on cpu", "").describe()
+
+
+def test_an_engine_for_gpus_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "DEVICES", tmp_path)
+    check_gpu(1, "openvino")
+    with pytest.raises(InputError, match="version 1 is built for target cuda, which needs an NVIDIA GPU, and this"):
+        check_gpu(1, "cuda")
+    (tmp_path / "dxg").touch()  # in WSL
+    check_gpu(1, "cuda")
 
 
 def test_a_containers_cpu_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aisle.build import cuda_device, cuda_version, fp8
+from aisle.build import cuda_device, cuda_runtime, cuda_version, fp8
 from aisle.build.build import _keep_layers_in_fp16, build
 from aisle.build.cuda_layout import Bucket, Layout, buckets
 from aisle.build.cuda_runner import CudaRunner
@@ -147,7 +147,7 @@ def test_a_version_is_built_here_and_runs_on_any_gpu(
         assert result["checked_on"] == "cpu (no GPU)"
         with pytest.raises(InputError, match="needs an NVIDIA GPU"):
             load_engine(folder)
-        monkeypatch.setenv(cuda_device.ON_CPU, "1")
+        monkeypatch.setenv(cuda_runtime.ON_CPU, "1")
     tokens = Checkpoint(checkpoint).tokenizer.tokens(["红富士苹果", "手机壳 磨砂防摔", "wireless earbuds"] * 3)
     actual = load_engine(folder)(np.concatenate(tokens), np.array([len(ids) for ids in tokens]))
     expected = logits_of(Checkpoint(checkpoint).model, tokens, "expected")
@@ -180,7 +180,7 @@ def test_the_layer_that_fp8_damages_ranks_first() -> None:
 
 
 def test_a_damaged_version_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cuda_device.ON_CPU, "1")
+    monkeypatch.setenv(cuda_runtime.ON_CPU, "1")
     build(checkpoint, tmp_path / "repository", "cuda", "fp16", gate=Gate(0.9, 0.1))
     folder = tmp_path / "repository" / "encoder" / "1"
     weights = (folder / cuda_version.WEIGHTS).read_bytes()

@@ -21,10 +21,25 @@ from aisle.commands import (
     rollout,
     serving,
     stream,
+    watching,
 )
 from aisle.commands.command import simplify_help
 
-STAGES = (data, learn, experiments, compress, measure, engine, serving, stream, rollout, load, adapt, categories)
+STAGES = (
+    data,
+    learn,
+    experiments,
+    compress,
+    measure,
+    engine,
+    serving,
+    stream,
+    rollout,
+    load,
+    adapt,
+    categories,
+    watching,
+)
 # The groups of commands in the help. The first group has the commands that everyone needs, in order of use.
 PANELS = {
     "From a table to categories": ("demo", "clean", "train", "evaluate", "build", "serve", "classify", "deploy"),
@@ -35,6 +50,7 @@ PANELS = {
         "stream",
         "rollback",
         "drift",
+        "watch",
         "review",
         "retrain",
         "decide",

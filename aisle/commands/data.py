@@ -68,6 +68,10 @@ def clean(
             help="Also write a table of the labels that are probably wrong, for a person to correct; none is changed.",
         ),
     ] = None,
+    propose_contract: Annotated[
+        Path | None,
+        typer.Option(callback=file_to_write, help="Also write a contract for tables like DATA, a .toml file to edit."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Clean a table: drop copies and conflicting labels, replace personal data, and write a report."""
@@ -80,6 +84,11 @@ def clean(
     result = clean_file(
         data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules, examine
     )
+    if propose_contract:
+        from aisle.preprocess.contract import now, propose, write_contract
+
+        write_contract(propose(data, label_column, now()), propose_contract, data.name)
+        say(f"contract in {propose_contract}; next: aisle watch {data} --contract {propose_contract}")
     note_labels(result)
     if note := sets_note(result["categories"]):
         say(note)

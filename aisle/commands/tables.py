@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from aisle.commands.command import file_to_read
 from aisle.commands.options import Command, with_options
 from aisle.console import say
 from aisle.errors import InputError
@@ -17,7 +19,15 @@ from aisle.preprocess.tables.opening import Reading, set_reading
 from aisle.preprocess.tables.table import unnamed
 from aisle.preprocess.tables.writing import BOM
 
-WRITTEN = ("out", "page", "label_errors", "log", "log_dir", "repository")  # options that name no file to read
+WRITTEN = (
+    "out",
+    "page",
+    "label_errors",
+    "propose_contract",
+    "log",
+    "log_dir",
+    "repository",
+)  # options that name no file to read
 
 Delimiter = Annotated[
     str, typer.Option(help="Delimiter of the input, such as ';' or '\\t'.", show_default="as the file's name says")
@@ -28,6 +38,9 @@ Header = Annotated[
     typer.Option(help="The first line names the columns; with --no-header they are text, category, column_3, …"),
 ]
 Bom = Annotated[bool, typer.Option(help="Start CSV output with a byte order mark, for Excel.")]
+Contract = Annotated[
+    Path | None, typer.Option(callback=file_to_read, help="Refuse DATA if it breaks this contract, a .toml file.")
+]
 FoldLabels = Annotated[bool, typer.Option(help="Merge labels that differ only in case, spaces or width.")]
 LabelMap = Annotated[Path | None, typer.Option(help="A table with the columns from and to, to rename labels.")]
 MinRows = Annotated[
@@ -44,15 +57,26 @@ def reads_tables(command: Command) -> Command:
         set_reading(reading)
         if reading != Reading():
             _refuse_unused(reading, arguments)
+        if contract := options.get("contract"):
+            from aisle.preprocess.contract import require
+
+            given = arguments["data"]
+            require(contract, given if isinstance(given, list) else [given] if given else [])
         if not options["header"]:
             for name in ("text_column", "label_column"):
                 words = columns_of(arguments.get(name) or "")
                 if all(word.isdigit() for word in words):
                     arguments[name] = PLUS.join(unnamed(int(word)) for word in words)
 
-    return with_options(
-        command, {"delimiter": (Delimiter, ""), "encoding": (Encoding, ""), "header": (Header, True)}, before
-    )
+    added: dict[str, tuple[Any, Any]] = {
+        "delimiter": (Delimiter, ""),
+        "encoding": (Encoding, ""),
+        "header": (Header, True),
+    }
+    own = inspect.signature(command).parameters
+    if "data" in own and "contract" not in own:
+        added["contract"] = (Contract, None)
+    return with_options(command, added, before)
 
 
 def writes_tables(command: Command) -> Command:

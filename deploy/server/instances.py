@@ -8,6 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from aisle.build.cuda_runtime import ON_CPU
+from aisle.errors import InputError
+
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU limit: "QUOTA PERIOD" in microseconds, or "max PERIOD"
 # An engine on the CPU needs the cores itself, and one process tokenizes several times faster than it computes.
 CORES_PER_PROCESS_CPU = 8
@@ -18,6 +21,7 @@ CORES_PER_PROCESS_GPU = 4
 CORES_PER_ENCODER = 5
 MAX_ENCODERS = 3
 DEVICES = Path("/dev")
+GPU_DEVICES = ("nvidiactl", "dxg", "nvhost-*", "nvmap")  # of NVIDIA's driver on Linux, in WSL and on Jetson
 _COUNT = re.compile(r"(instance_group \[ \{ count: )\d+")
 
 
@@ -34,6 +38,21 @@ def cores() -> int:
 def gpus() -> int:
     """Return how many GPUs this machine or container has; at least 1."""
     return max(1, len(list(DEVICES.glob("nvidia[0-9]*"))))
+
+
+def check_gpu(version: int, target: str) -> None:
+    """Check before Triton starts that a version's engine can run here.
+
+    Raises:
+        InputError: it needs a GPU, and there is none.
+    """
+    found = any(True for name in GPU_DEVICES for _ in DEVICES.glob(name))
+    if target == "openvino" or found or os.environ.get(ON_CPU):
+        return
+    raise InputError(
+        f"version {version} is built for target {target}, which needs an NVIDIA GPU, and this machine has none; serve it "
+        "on one, or build for CPUs: aisle build CHECKPOINT --target openvino"
+    )
 
 
 def encoders(cores: int, gpus: int) -> int:

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from aisle.build.engine import EngineSpec
 from aisle.console import say
 from aisle.deploy.server.access import HEADER, ServerTLS, restrict_protocols
 from aisle.deploy.server.admin import Admin
 from aisle.deploy.server.installation import infer_threads, triton_command
-from aisle.deploy.server.instances import cores
+from aisle.deploy.server.instances import check_gpu, cores
 from aisle.deploy.server.logs import TritonLog
 from aisle.deploy.server.release import Release
 from aisle.deploy.server.served_repository import ENSEMBLES, ServedRepository
@@ -162,6 +163,7 @@ def _served_repository(options: ServerOptions, repository: Path, home: Path, ver
         served.add_version(version)
     except InputError as error:
         raise ServerError(str(error)) from None
+    check_gpu(version, EngineSpec.load(served.folder / "encoder" / str(version)).target)
     for ensemble in ENSEMBLES:
         served.write_ensemble(ensemble, version)
     return served
