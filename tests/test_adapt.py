@@ -24,7 +24,7 @@ from aisle.preprocess import vocabulary
 from aisle.preprocess.tables.table import read_rows
 from aisle.train.adapt import drift_log, drift_statistics
 from aisle.train.adapt.drift import LEAST_WINDOW, drift
-from aisle.train.adapt.retrain import _notes, read_corrections, retrain
+from aisle.train.adapt.retrain import _is_worse, _notes, _notes_of_loss, read_corrections, retrain
 from aisle.train.adapt.review import Candidate, choose, review
 from aisle.train.core.calibration import softmax
 from aisle.train.core.checkpoint import Checkpoint
@@ -642,3 +642,14 @@ def test_both_clients_log(server: Server, tmp_path: Path) -> None:
     done = aisle("classify", "好", "--keep-text", "--url", server.url)
     assert done.returncode == 2
     assert "needs --log" in done.stderr
+
+
+@pytest.mark.parametrize(("lost", "gained", "worse"), [(0, 0, False), (3, 1, False), (30, 10, True), (10, 30, False)])
+def test_a_checkpoint_that_loses_beyond_chance_is_called_worse(lost: int, gained: int, worse: bool) -> None:
+    scores = {"old": {"accuracy": 0.9}, "new": {"accuracy": 0.8}, "rows": 200}
+    compared = {"only_old_right": lost, "only_new_right": gained, **scores}
+    assert _is_worse(compared) == worse
+    notes = _notes_of_loss(compared, 2)
+    assert [note.startswith("the new checkpoint is worse: accuracy 0.8000 instead of 0.9000") for note in notes] == (
+        [True] if worse else []
+    )

@@ -190,10 +190,9 @@ def hook() -> Iterator[tuple[str, list[Any]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(500 if self.path == "/down" else 200)
             self.end_headers()
-            received.append(json.loads(body))
 
         def log_message(self, *_: Any) -> None: ...
 

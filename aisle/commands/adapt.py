@@ -140,7 +140,8 @@ def retrain(
         )
     for note in result["notes"]:
         say(note)
-    report(result, as_json, _show_retraining, (f"checkpoint in {out}", "aisle", "deploy", out))
+    following = () if result["worse"] else ("aisle", "deploy", out)
+    report(result, as_json, _show_retraining, (f"checkpoint in {out}", *following))
 
 
 def _show_drift(result: dict[str, Any]) -> None:

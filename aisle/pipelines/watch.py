@@ -29,7 +29,8 @@ def check_drift(checkpoint: Path, log: Path, text_column: str) -> dict[str, Any]
     from aisle.train.adapt.drift import drift
 
     found = drift(checkpoint, log, text_column=text_column)
-    return {"of": str(log), "rows": found["rows"], "reasons": found["reasons"] if found["retrain"] else []}
+    reasons = [each["reason"] for each in found["reasons"]] if found["retrain"] else []
+    return {"of": str(log), "rows": found["rows"], "reasons": reasons}
 
 
 def check_accuracy(labels: Path, text_column: str, label_column: str, url: str, least: float) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def check_gpu(version: int, target: str) -> None:
     if target == "openvino" or found or os.environ.get(ON_CPU):
         return
     raise InputError(
-        f"version {version} is built for target {target}, which needs an NVIDIA GPU, and this machine has none; serve it "
-        "on one, or build for CPUs: aisle build CHECKPOINT --target openvino"
+        f"version {version} is built for target {target}, which needs an NVIDIA GPU, and this machine has none; serve "
+        "it on one, or build for CPUs: aisle build CHECKPOINT --target openvino"
     )
 
 

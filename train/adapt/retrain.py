@@ -18,6 +18,7 @@ from aisle.preprocess.tables.table import FaultyRow, as_text, fingerprint, read_
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
+from aisle.train.core.binomial import lowest_share
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
@@ -94,9 +95,9 @@ def retrain(
 
     Returns:
         The scores of the old and the new checkpoint on the held-out fifth, on the corrections used for training and on
-        the held-out corrections; for each category, how many corrections the new one gets right; `changes`, some texts
-        that the two answer differently, corrections first; and `notes`, which say this in words, and what to change if
-        few are right.
+        the held-out corrections; `worse`, whether the new one loses held-out texts beyond chance; for each category,
+        how many corrections the new one gets right; `changes`, some texts that the two answer differently, corrections
+        first; and `notes`, which say this in words, and what to change.
 
     Raises:
         InputError: a table cannot be read, nothing is corrected, a category is unknown, or the checkpoint does not say
@@ -180,8 +181,10 @@ def _compare_checkpoints(
     learnt = [i for i, text in enumerate(texts) if not is_held_out(text) and not is_validation(text)]
     unseen = [i for i, text in enumerate(texts) if is_held_out(text)]
     by_category = _by_category(filled, on_corrections[1], new)
+    compared = _compare(held_out.labels, *on_held_out)
     return {
-        "held_out": _compare(held_out.labels, *on_held_out),
+        "held_out": compared,
+        "worse": _is_worse(compared),
         "corrections_learnt": _right(labels, on_corrections, learnt),
         "corrections_unseen": _right(labels, on_corrections, unseen),
         "corrections_by_category": by_category,
@@ -190,7 +193,7 @@ def _compare_checkpoints(
             [*labels, *held_out.labels],
             *([*corrected, *others] for corrected, others in zip(on_corrections, on_held_out, strict=True)),
         ),
-        "notes": _notes(by_category, epochs),
+        "notes": [*_notes(by_category, epochs), *_notes_of_loss(compared, epochs)],
     }
 
 
@@ -295,6 +298,22 @@ def _compare(actual: Sequence[str], old: Sequence[str], new: Sequence[str]) -> d
         "only_old_right": right.count((True, False)),
         "only_new_right": right.count((False, True)),
     }
+
+
+def _is_worse(compared: dict[str, Any]) -> bool:
+    """Return whether the new checkpoint loses more held-out texts than it gains, beyond chance (sign test, 5 %)."""
+    lost, gained = compared["only_old_right"], compared["only_new_right"]
+    return bool(lowest_share(lost, lost + gained, 0.025) > 0.5)
+
+
+def _notes_of_loss(compared: dict[str, Any], epochs: int) -> list[str]:
+    if not _is_worse(compared):
+        return []
+    old, new = (compared[age]["accuracy"] for age in ("old", "new"))
+    return [
+        f"the new checkpoint is worse: accuracy {new:.4f} instead of {old:.4f} on {compared['rows']} held-out texts; "
+        f"train longer, --epochs {2 * epochs}, and look at the corrections before you deploy it"
+    ]
 
 
 def _changes(
