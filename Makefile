@@ -6,10 +6,12 @@ ENVIRONMENT = $(PYTHON) deploy/server/environment.py
 ENVIRONMENT_OPTIONS = $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(if $(filter install,$(LIBPYTHON)),--install-libpython)
 BIN := .venv/bin
 AISLE := $(BIN)/aisle
+# Three workers for two cores, because many tests wait for servers.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist worksteal
 CHECKPOINT ?= work/checkpoint
 URL ?= localhost:8001
 
-.PHONY: python demo test lint docs picture pictures train evaluate engine compare serve classify loadtest bench drift clean clean-all
+.PHONY: python demo test test-all lint docs picture pictures train evaluate engine compare serve classify loadtest bench drift clean clean-all
 
 python: # first check whether this Python is suitable
 	@$(ENVIRONMENT) demo --check
@@ -17,8 +19,11 @@ python: # first check whether this Python is suitable
 demo: python .venv/demo ## [ROWS=16000]: the whole pipeline on the synthetic sample; leaves nothing running
 	$(AISLE) demo $(if $(ROWS),--rows $(ROWS))
 
-test: lint .venv-learn/ready ## the whole test suite; three workers for two cores, because many tests wait for servers
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist worksteal
+test: lint ## the tests that take less than half a minute each
+	$(PYTEST) -m "not long"
+
+test-all: lint .venv-learn/ready ## the whole test suite, with the tutorials, the demo and the longest trainings; CI runs it
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

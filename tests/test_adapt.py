@@ -386,6 +386,7 @@ def corrections(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_retraining_learns_the_corrections_and_keeps_its_accuracy(shop: Path, table: Path, tmp_path: Path) -> None:
     """The shop starts to sell gift boxes, which the model has never seen, and some labels of the table are wrong."""
     gifts = [(f"礼盒装 {name} 高档木盒 {i}号", "礼品 > 礼盒") for i in range(20) for name in ("坚果", "芒果", "苹果")]

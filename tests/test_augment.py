@@ -178,6 +178,7 @@ def test_the_lexicon_has_no_duplicates(name: str) -> None:
     assert all(word and word == clean(word) for word in counts)
 
 
+@pytest.mark.long
 def test_an_ablation_resumes(sample: Path, tmp_path: Path) -> None:
 
     def run(seeds: int, *techniques: str, rows: int = 300) -> dict[str, Any]:

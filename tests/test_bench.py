@@ -76,6 +76,7 @@ def test_the_ceiling_is_timed_at_the_encoders_sizes() -> None:
     assert {rows for rows, _, _ in asked} == {16, 2}
 
 
+@pytest.mark.long
 def test_bench_of_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "report" / "bench.html"
@@ -126,6 +127,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_
 """
 
 
+@pytest.mark.long
 def test_services_have_one_row_per_system_and_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, repository: Path
 ) -> None:

@@ -38,6 +38,7 @@ def test_a_dry_run_runs_every_part(checkpoint: Path, tmp_path: Path, monkeypatch
         assert any("teraflops" in row for row in rows[part])
 
 
+@pytest.mark.long
 def test_parts_write_their_rows_a_page_and_its_json(tmp_path: Path) -> None:
     page = tmp_path / "report" / "gpu.html"
     result = bench_gpu(GpuBenchSettings(str(tmp_path / "work"), dry_run=True), ["peaks", "padded"], 5, page)

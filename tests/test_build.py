@@ -158,6 +158,7 @@ def test_weights_that_do_not_fit_the_type_are_named(checkpoint: Path, tmp_path: 
     assert versions(tmp_path / "repository") == []
 
 
+@pytest.mark.long
 def test_a_layer_that_int8_damages_stays_in_fp16(checkpoint: Path, tmp_path: Path) -> None:
     """One channel of an attention's output, on which the label is made to depend, is 10,000 times larger."""
     spoilt = tmp_path / "checkpoint"
@@ -194,6 +195,7 @@ def test_the_fewest_layers_stay_in_fp16(layers: int) -> None:
         assert tried[0] == 1  # mostly enough
 
 
+@pytest.mark.long
 def test_tensorrt_compiles_the_demo_model(checkpoint: Path, tmp_path: Path) -> None:
     for version, precision in enumerate(("fp16", "int8"), start=1):
         result = build(checkpoint, tmp_path / "repository", "tensorrt-rtx", precision)

@@ -109,6 +109,7 @@ def test_a_modernbert_is_trained_distilled_and_built_in_int8(table: Path, tmp_pa
     assert build(tmp_path / "student", tmp_path / "models", "openvino", "int8")["agreement"] >= 0.98
 
 
+@pytest.mark.long
 def test_a_long_text_is_read_to_the_models_own_limit(table: Path, tmp_path: Path) -> None:
     texts = texts_of(table)
     model = write_model("modernbert", tmp_path / "model", texts, LABELS, max_position_embeddings=2048)

@@ -38,6 +38,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.long
 def test_a_stopped_and_killed_run_resumes_and_ends_with_the_same_weights(
     fruit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_state_with_other_settings_is_not_used(tmp_path: Path, capsys: pytest.
     assert "differs in epochs" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one(fruit: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(fruit), "--epochs", "3", "--batch-size", "7", "--dropout", "0", "--json"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -42,6 +42,7 @@ aisle("search", "a.csv", "-o", "search", "--trials", "1", "--epochs", "1")
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="make test makes .venv-learn first")
+@pytest.mark.long
 def test_the_learning_half_runs_alone_with_the_newest_numpy(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

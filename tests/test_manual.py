@@ -91,6 +91,7 @@ def test_commands_of_the_manual_run(page: str, written: str, tmp_path: Path) -> 
     assert (tmp_path / written).exists()
 
 
+@pytest.mark.long
 def test_manual_builds_without_warnings_and_loads_nothing_from_outside(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -173,6 +173,7 @@ def test_all_thresholds_are_supported(threshold: float) -> None:
     assert found.rival.tolist() == [-1, -1, -1, 0, -1]
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     """Rows of 8 KiB: only a fraction of each is kept in memory."""
     letters = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino
+import pytest
 import torch
 
 from aisle.build.export import export
@@ -59,6 +60,7 @@ def test_quantization_error_is_small_and_smaller_with_skipped_layers() -> None:
     assert [loss for _, loss in ranking] == sorted((loss for _, loss in ranking), reverse=True)
 
 
+@pytest.mark.long
 def test_openvino_can_fuse_each_quantization_into_the_step_before(tmp_path: Path) -> None:
     """Nothing else reads what is quantized, attention is quantized before its transpose, the logits stay the same."""
     model, data = random_bert(0), batches(3)

@@ -193,6 +193,7 @@ def press(desk: DeskClient, button: str, **fields: object) -> tuple[str, str]:
     return "".join(shown), desk.get("/models").text
 
 
+@pytest.mark.long
 def test_the_desk_tries_promotes_and_rolls_back(live: Live, desk: DeskClient) -> None:
     none = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 0, "canary_seconds": 0}
     with load(live.url, pause=PAUSE) as seen:

@@ -11,6 +11,7 @@ from aisle.train.core.settings import TrainingSettings
 STEPS = {BASELINE, "from scratch", "with augmentation", "pretrained", "distilled", "distilled, INT8"}
 
 
+@pytest.mark.long
 def test_a_run_takes_every_step_and_resumes(tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     rows = [
