@@ -35,6 +35,7 @@ PANELS = {
         "stream",
         "rollback",
         "drift",
+        "demand",
         "review",
         "retrain",
         "decide",
