@@ -20,7 +20,7 @@ from aisle.errors import InputError
 from aisle.preprocess.tables.table import read_rows
 from aisle.train.demand.counts import Columns, read_counts
 from aisle.train.demand.demand import COLUMNS, needed
-from aisle.train.demand.festivals import FESTIVALS, Calendar, factors_of
+from aisle.train.demand.festivals import FESTIVALS, Calendar, effect_of
 from aisle.train.demand.hierarchy import ALL, OWN, tree_of
 from aisle.train.demand.models import MEAN, NAIVE, choose, forecast, origins
 
@@ -242,11 +242,12 @@ def test_a_festival_improves_the_forecast() -> None:
     """The third 11 November is forecast from the two before it."""
     calendar, counts = festive(2)
     end = calendar.days - 30  # 31 October 2026
-    factors, tests = factors_of(calendar, counts, 0, end)
+    factors, errors, tests = effect_of(calendar, counts, 0, end)
     assert tests["双11"].used
     assert tests["双11"].error_with < 0.5 * tests["双11"].error_without
     assert tests["春节"].used
     assert not tests["618"].used
+    assert (errors[[0, calendar.days - 20]] > 0).tolist() == [False, True]
     plain = forecast(NAIVE, counts[:end], 28).mean
     lifted = forecast(NAIVE, counts[:end] / factors[:end], 28).mean * factors[end : end + 28]
     actual = counts[end : end + 28]
@@ -255,7 +256,7 @@ def test_a_festival_improves_the_forecast() -> None:
 
 def test_a_festival_that_was_seen_once_is_not_used() -> None:
     calendar, counts = festive(1)
-    factors, tests = factors_of(calendar, counts, 0, calendar.days - 30)
+    factors, _, tests = effect_of(calendar, counts, 0, calendar.days - 30)
     assert tests["双11"].windows == 0
     assert (factors == 1).all()
 

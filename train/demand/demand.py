@@ -16,8 +16,8 @@ from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.tables.table import Row
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_rows
-from aisle.train.demand.counts import Columns, Counts, Floats, read_counts
-from aisle.train.demand.festivals import FESTIVALS, Calendar, Test, factors_of
+from aisle.train.demand.counts import Columns, Counts, read_counts
+from aisle.train.demand.festivals import FESTIVALS, Calendar, Effect, Test, effect_of
 from aisle.train.demand.hierarchy import Tree, tree_of
 from aisle.train.demand.models import MEAN, SEASON, Choice, Forecast, choose, forecast
 
@@ -53,18 +53,18 @@ class Demand:
             again = before.why.startswith("too")
             choices.append(self._choose(node, self.counts.days) if again else before)
             tested.append(before)
-            for name, test in self._factors(node, self.counts.days)[1].items():
+            for name, test in self._effect(node, self.counts.days).tests.items():
                 tests[name].append(test)
         return Planned(choices, tested, tests)
 
-    def _factors(self, node: int, end: int) -> tuple[Floats, dict[str, Test]]:
-        return factors_of(self.calendar, self.values[node], self.begins[node], end)
+    def _effect(self, node: int, end: int) -> Effect:
+        return effect_of(self.calendar, self.values[node], self.begins[node], end)
 
     def _choose(self, node: int, end: int) -> Choice:
         begin = self.begins[node]
         if end <= begin:
             return Choice(MEAN, "too short: 0 days", {}, 0.0)
-        return choose(self.values[node, begin:end], self._factors(node, end)[0][begin:], self.horizon)
+        return choose(self.values[node, begin:end], self._effect(node, end).factors[begin:], self.horizon)
 
     def forecast(self, end: int, horizon: int, choices: list[Choice]) -> Forecast:
         """Return the reconciled forecasts of all nodes for the days from `end` on, each [nodes, days]."""
@@ -81,9 +81,10 @@ class Demand:
         begin = self.begins[node]
         if end <= begin:  # the category is newer
             return Forecast(*(np.zeros(horizon) for _ in Forecast._fields))
-        factors = self._factors(node, end)[0]
+        factors, errors, _ = self._effect(node, end)
+        coming = slice(end, end + horizon)
         known = self.values[node, begin:end] / factors[begin:end]
-        return Forecast(*(part * factors[end : end + horizon] for part in forecast(model, known, horizon)))
+        return forecast(model, known, horizon).lifted(factors[coming], errors[coming])
 
 
 def demand(

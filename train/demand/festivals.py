@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,19 @@ class Test:
     error_without: float  # mean absolute error of the usual demand of the weeks before
     error_with: float  # of the same, times factors from earlier windows
 
+    @property
+    def error(self) -> float:
+        """The error of what is used."""
+        return self.error_with if self.used else self.error_without
+
+
+class Effect(NamedTuple):
+    """What the festivals do to one series."""
+
+    factors: Floats  # [days of the calendar]; what they multiply demand by
+    errors: Floats  # [days of the calendar]; the mean absolute error of earlier forecasts of such days, or 0
+    tests: dict[str, Test]
+
 
 def examine(calendar: Calendar, counts: Floats, festival: Festival, begin: int, end: int) -> Test:
     """Forecast each window of a festival from the days before it, with and without factors from earlier windows.
@@ -138,19 +152,21 @@ def examine(calendar: Calendar, counts: Floats, festival: Festival, begin: int, 
     return Test(after < GAIN * before, len(without), before, after)
 
 
-def factors_of(calendar: Calendar, counts: Floats, begin: int, end: int) -> tuple[Floats, dict[str, Test]]:
-    """Return what festivals multiply each day of the calendar by, and the test of each festival.
+def effect_of(calendar: Calendar, counts: Floats, begin: int, end: int) -> Effect:
+    """Return what festivals do to a series. Only days before `end` are used.
 
-    Only days before `end` are used. A festival without a proved gain has the factor 1.
+    A festival without a proved gain has the factor 1.
     """
-    factors = np.ones(calendar.days)
-    tests: dict[str, Test] = {}
+    effect = Effect(np.ones(calendar.days), np.zeros(calendar.days), {})
     for festival in FESTIVALS:
-        tests[festival.name] = test = examine(calendar, counts, festival, begin, end)
-        if test.used:
-            learned = calendar.learn(counts, calendar.seen(festival, begin, end), begin, end)
-            for window in calendar.windows(festival):
-                for day, factor in zip(window, learned, strict=True):
-                    if 0 <= day < calendar.days:
-                        factors[day] = factor
-    return factors, tests
+        test = effect.tests[festival.name] = examine(calendar, counts, festival, begin, end)
+        if not test.windows:
+            continue
+        learned = calendar.learn(counts, calendar.seen(festival, begin, end), begin, end)
+        for window in calendar.windows(festival):
+            inside = slice(max(0, -window.start), min(len(window), calendar.days - window.start))
+            days = slice(max(0, window.start), window.start + inside.stop)
+            effect.errors[days] = test.error
+            if test.used:
+                effect.factors[days] = learned[inside]
+    return effect

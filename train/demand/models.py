@@ -17,6 +17,7 @@ ORIGINS = 3
 SPARSE = 0.3  # of the last weeks' days have a count; below it, a series is sparse
 RECENT = 56  # days; the level of a sparse series
 QUANTILES = {80: 1.2815515655446004, 95: 1.959963984540054}  # of the normal distribution, for two-sided intervals
+MAE_TO_DEVIATION = 1.2533141373155001  # √(π/2), of the normal distribution
 NAIVE, MEAN = "SeasonalNaive", "Mean"
 
 
@@ -28,6 +29,23 @@ class Forecast(NamedTuple):
     high_80: Floats
     low_95: Floats
     high_95: Floats
+
+    def lifted(self, factors: Floats, errors: Floats) -> Forecast:
+        """Return the forecast with the factors of festivals, and with intervals as wide as the errors on their days.
+
+        Args:
+            factors: [days]
+            errors: [days], mean absolute errors
+        """
+        mean, *bounds = (part * factors for part in self)
+        spread = {share: MAE_TO_DEVIATION * z * errors for share, z in QUANTILES.items()}
+        return Forecast(
+            mean,
+            np.minimum(bounds[0], mean - spread[80]),
+            np.maximum(bounds[1], mean + spread[80]),
+            np.minimum(bounds[2], mean - spread[95]),
+            np.maximum(bounds[3], mean + spread[95]),
+        )
 
 
 class Choice(NamedTuple):
