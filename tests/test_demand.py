@@ -227,6 +227,12 @@ def test_a_forecast_closer_to_certain_series_is_reconciled() -> None:
     assert (nothing >= 0).all()
 
 
+def test_a_category_that_is_called_other_joins_the_rows_of_its_parent() -> None:
+    tree, values = tree_of({"a": np.ones(2), f"a > {OWN}": np.full(2, 4.0), "a > b": np.full(2, 2.0)})
+    assert dict(zip(tree.names, values[:, 0].tolist(), strict=True)) == {ALL: 7, "a": 7, f"a > {OWN}": 5, "a > b": 2}
+    assert np.isfinite(tree.reconcile(values, np.ones(4))).all()
+
+
 def festive(years: int, seed: int = 0) -> tuple[Calendar, np.ndarray[Any, np.dtype[np.float64]]]:
     """Counts with five times the demand on each 11 November, and the half in the week of the Chinese New Year."""
     first = datetime.date(2026 - years, 8, 1)

@@ -24,7 +24,6 @@ class Tree:
 
     names: tuple[str, ...]  # [nodes]; parents come before their children
     levels: tuple[int, ...]  # [nodes]; 0 is the sum of all, 1 the departments
-    leaves: tuple[int, ...]  # the nodes that are leaves
     sums: csr_matrix  # [nodes, leaves] of 0 and 1
 
     def add_up(self, leaves: Floats) -> Floats:
@@ -44,27 +43,25 @@ class Tree:
         """
         weighted = self.sums.T @ diags(1 / variances)
         leaves = spsolve((weighted @ self.sums).tocsc(), weighted @ forecasts)
-        return self.add_up(np.maximum(0, np.asarray(leaves).reshape(len(self.leaves), -1)))
+        return self.add_up(np.maximum(0, np.asarray(leaves).reshape(self.sums.shape[1], -1)))
 
 
 def tree_of(by_category: Mapping[str, Floats]) -> tuple[Tree, Floats]:
     """Return the tree of some categories, and the counts of its nodes, [nodes, days]."""
-    paths = [tuple(name.split(SEPARATOR)) for name in by_category]
+    paths = {tuple(name.split(SEPARATOR)): counts for name, counts in by_category.items()}
     inner = {path[:depth] for path in paths for depth in range(len(path))}
-    leaf_paths = [(*path, OWN) if path in inner else path for path in paths]
+    leaves: dict[tuple[str, ...], Floats] = {}
+    for path, counts in paths.items():
+        leaf = (*path, OWN) if path in inner else path
+        leaves[leaf] = leaves[leaf] + counts if leaf in leaves else counts  # a category may be called as OWN is
     below: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, path in enumerate(leaf_paths):
+    for number, path in enumerate(leaves):
         for depth in range(len(path) + 1):
             below[path[:depth]].append(number)
     nodes = sorted(below, key=lambda path: (len(path), path))
     places = [(row, column) for row, path in enumerate(nodes) for column in below[path]]
     rows, columns = zip(*places, strict=True)
-    sums = csr_matrix((np.ones(len(places)), (rows, columns)), (len(nodes), len(leaf_paths)))
-    place = {path: number for number, path in enumerate(nodes)}
-    tree = Tree(
-        tuple(SEPARATOR.join(path) or ALL for path in nodes),
-        tuple(len(path) for path in nodes),
-        tuple(place[path] for path in leaf_paths),
-        sums,
-    )
-    return tree, tree.add_up(np.stack(list(by_category.values())))
+    sums = csr_matrix((np.ones(len(places)), (rows, columns)), (len(nodes), len(leaves)))
+    names = tuple(SEPARATOR.join(path) or ALL for path in nodes)
+    tree = Tree(names, tuple(len(path) for path in nodes), sums)
+    return tree, tree.add_up(np.stack(list(leaves.values())))
