@@ -3,8 +3,8 @@
 python examples/demand_sample.py sales.csv
 aisle demand sales.csv --date-column date --count-column count -o forecast.csv --report demand.html
 
-Each category has a level, a trend, a weekly season, festivals and negative binomial noise. One category breaks out: its
-demand is 2.5 times as high in the last five days.
+Each category has a level, a trend, a weekly season, festivals of another strength each year, and negative binomial
+noise. One category breaks out: its demand is 2.5 times as high in the last five days.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def series(days: int, last: datetime.date, seed: int) -> Iterator[tuple[str, lis
             level = np.exp(rng.normal(3.2, 1.0))
             week = np.exp(rng.normal(0, 0.2, 7))
             trend = np.exp(rng.normal(0, 0.25) * np.arange(days) / 365)
-            strength = rng.normal(1.0, 0.25)
-            mean = level * trend * np.array([week[day.weekday()] * lift(day) ** strength for day in dates])
+            strength = rng.normal(1.0, 0.25) + rng.normal(0, 0.2, last.year - dates[0].year + 1)  # another each year
+            lifts = [lift(day) ** strength[day.year - dates[0].year] for day in dates]
+            mean = level * trend * np.array([week[day.weekday()] for day in dates]) * lifts
             if f"{department} > {leaf}" == BREAK_OUT:
                 mean[-SINCE:] *= FACTOR
             yield f"{department} > {leaf}", rng.poisson(rng.gamma(DISPERSION, mean / DISPERSION)).tolist()

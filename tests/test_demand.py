@@ -209,9 +209,10 @@ def test_an_unknown_format_is_refused_before_the_work(tmp_path: Path) -> None:
 
 
 def test_a_short_table_gets_the_seasonal_naive(tmp_path: Path) -> None:
-    table = write(tmp_path / "sales.csv", sales(20))
+    table = write(tmp_path / "sales.csv", [*sales(20), (FIRST, "食品|数码", 1)])
     done = aisle("demand", table, *COUNTED, "-o", tmp_path / "f.csv")
     assert done.returncode == 0, done.stderr
+    assert "'食品|数码', are counted as one each" in done.stderr
     assert "too short to measure" in done.stderr
     assert "too short to look for break-outs" in done.stderr
     assert {row["model"] for row in read_rows(tmp_path / "f.csv")} <= {NAIVE, MEAN}

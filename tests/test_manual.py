@@ -141,6 +141,7 @@ def test_no_page_installs_another_project() -> None:
         ("classify", "pyarrow", False, "parquet"),
         ("rest", "uvicorn", False, "rest"),
         ("stream", "confluent_kafka", False, "stream"),
+        ("demand", "statsforecast.models", False, "demand"),
     ],
 )
 def test_hints_name_the_extras_that_are_enough(command: str, module: str, served: bool, extras: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binom
 
-from aisle.console import track
+from aisle.console import say, track
 from aisle.errors import InputError
+from aisle.preprocess.labels import BAR
 from aisle.preprocess.tables.table import Row
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_rows
 from aisle.train.demand.counts import Columns, Counts, read_counts
@@ -120,6 +121,8 @@ def demand(
     counts = read_counts(source, columns or Columns())
     if counts.days < LEAST:
         raise InputError(f"{source}: {counts.days} days, {counts.first} to {counts.last}; give {LEAST} or more")
+    if (example := next((name for name in counts.by_category if BAR in name), None)) is not None:
+        say(f"categories with {BAR!r}, such as {example!r}, are counted as one each; give a row for each to count them")
     plan = Demand(counts, horizon)
     ahead = plan.forecast(counts.days, horizon, plan.planned.choices)
     result = {**_about(source, out, plan, recent), **_findings(plan, recent)}
