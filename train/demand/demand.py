@@ -67,11 +67,11 @@ class Demand:
             return Choice(MEAN, "too short: 0 days", {}, 0.0)
         return choose(self.values[node, begin:end], self._effect(node, end).factors[begin:], self.horizon)
 
-    def forecast(self, end: int, horizon: int, choices: list[Choice]) -> Forecast:
+    def forecast(self, end: int, horizon: int, choices: list[Choice], what: str = "forecasting") -> Forecast:
         """Return the reconciled forecasts of all nodes for the days from `end` on, each [nodes, days]."""
         each = [
             self._forecast(node, end, horizon, choice.model)
-            for node, choice in enumerate(track(choices, "forecasting", len(choices)))
+            for node, choice in enumerate(track(choices, what, len(choices)))
         ]
         mean, *bounds = (np.stack(parts) for parts in zip(*each, strict=True))
         variances = np.array([choice.variance for choice in choices])
@@ -180,11 +180,11 @@ def _findings(plan: Demand, recent: int) -> dict[str, Any]:
     break_outs: list[dict[str, Any]] = []
     if days - horizon >= LEAST:
         end = days - horizon
-        accuracy = _accuracy(plan, plan.forecast(end, horizon, plan.planned.tested), end)
+        accuracy = _accuracy(plan, plan.forecast(end, horizon, plan.planned.tested, "measuring"), end)
     if days - recent >= LEAST:
         end = days - recent
         choices = plan.planned.tested if days - horizon >= LEAST else plan.planned.choices
-        break_outs = _break_outs(plan, plan.forecast(end, recent, choices), end)
+        break_outs = _break_outs(plan, plan.forecast(end, recent, choices, "looking for break-outs"), end)
     return {"accuracy": accuracy, "break_outs": break_outs, "break_outs_tested": days - recent >= LEAST}
 
 
