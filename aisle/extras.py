@@ -26,6 +26,7 @@ EXTRAS = {
     "build": ("build",),
     "clean": ("clean",),
     "compare": ("build", "report"),
+    "demand": ("demand",),
     "demo": ("demo",),
     "decide": ("train",),
     "deploy": ("build",),

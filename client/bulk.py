@@ -20,9 +20,11 @@ from aisle.client.wire import Wanted
 from aisle.errors import InputError
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import BAR
-from aisle.preprocess.tables.opening import STDIO, Reading, reading
+from aisle.preprocess.tables import columnar
+from aisle.preprocess.tables.opening import STDIO, Reading, kind_of, local, reading
+from aisle.preprocess.tables.shard import Shard
 from aisle.preprocess.tables.sheets import require_fit
-from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_rows, to_send
+from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_range, read_rows, to_send
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
@@ -66,6 +68,7 @@ def classify_file(
     track: Track = lambda rows, _: rows,
     *,
     decisions: bool | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
@@ -81,6 +84,8 @@ def classify_file(
         track: wraps the stream of answers, to show progress; its second argument is their number.
         decisions: write the decisions; by default as the run that this one resumes or, in a new run, if the model has
             them.
+        shard: classify this share of the rows alone, and write its part file beside `out`. All shards together hold
+            each row once, in order.
 
     Raises:
         InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
@@ -88,9 +93,11 @@ def classify_file(
         Unavailable, ClassifierError: the server failed. The next run resumes from the answers so far.
     """
     kind = output_kind(source, out)  # fails early if the name cannot be written
+    out = shard.part_of(out) if shard else out
     refuse_same(source, out)
     start = time.perf_counter()
-    columns, total = scan_source(source, text_column, out if kind == "xlsx" else None)
+    columns, total = scan_source(source, text_column, out if kind == "xlsx" else None, shard)
+    part = shard.rows(total) if shard else range(total)
     models = _Models(classifier)
     check_fields(text_column, columns, models.fields)
     wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
@@ -102,18 +109,21 @@ def classify_file(
     found: Counter[str] = Counter()
     try:
         with _open_journal(out) as (path, journal):
-            done = _resume(journal, path, _job(source, text_column, wanted, sets))
-            answers = track(_answers(classifier, source, text_column, wanted, done.rows), total - done.rows)
+            done = _resume(journal, path, _job(source, text_column, wanted, sets, shard))
+            rest = part[done.rows :]
+            answers = track(_answers(classifier, source, text_column, wanted, rest), len(rest))
             versions = _record(answers, journal, path, done, models, _set_columns if sets else _answer_columns)
             with replacing(out) as writing:
-                write_edited(source, writing, partial(_edits, path, added, found), columns, added, names, kind)
+                edits = partial(_edits, path, added, found)
+                write_edited(source, writing, edits, columns, added, names, kind, part if shard else None)
             path.unlink()
     except OSError as error:
         message = f"cannot write {out}: {error.strerror or error}; correct that and run the command again: it resumes"
         raise InputError(message) from None
     seconds = time.perf_counter() - start
     return {
-        "rows": total,
+        "rows": len(part),
+        **({"shard": str(shard), "first_row": part.start + 1, "source_rows": total} if shard else {}),
         "resumed_from": done.rows,
         "errors": found["error"],
         "warnings": found["warning"],
@@ -121,7 +131,7 @@ def classify_file(
         "renamed": names,
         "multi_label": models.multi_label,
         "seconds": round(seconds, 3),
-        "texts_per_second": round((total - done.rows) / seconds, 1),
+        "texts_per_second": round((len(part) - done.rows) / seconds, 1),
         "output": str(out),
     }
 
@@ -139,10 +149,12 @@ def _journal_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _job(source: Path, text_column: str, wanted: Wanted, sets: bool) -> dict[str, Any]:
+def _job(source: Path, text_column: str, wanted: Wanted, sets: bool, shard: Shard | None) -> dict[str, Any]:
     """Return what the answers depend on. A journal of another job is refused."""
     job: dict[str, Any] = {"source": source.name, "sha256": fingerprint(source), "text_column": text_column}
     job |= {"top_k": wanted.top_k or 1, "form": "answers"}  # the journal of an older release holds whole rows
+    if shard:
+        job["shard"] = str(shard)
     if sets:
         job["sets"] = True
     if wanted.decisions:
@@ -199,13 +211,13 @@ def _in_type(value: Any, kind: type) -> Any:
 
 
 def _answers(
-    classifier: Classifier, source: Path, text_column: str, wanted: Wanted, done: int
+    classifier: Classifier, source: Path, text_column: str, wanted: Wanted, rows: range
 ) -> Iterator[Prediction | Failure]:
-    """Yield an answer for each row after the first `done`. Rows that cannot be used are not sent."""
+    """Yield an answer for each of the `rows`, from 0. Rows that cannot be used are not sent."""
     faults: deque[Failure | None] = deque()
 
     def texts() -> Iterator[str | bytes | None]:
-        for row in itertools.islice(read_rows(source), done, None):
+        for row in read_range(source, rows):
             text, fault = usable(row, text_column)
             faults.append(fault)
             yield text
@@ -319,21 +331,30 @@ def check_fields(text_column: str, columns: Sequence[str], fields: Sequence[str]
     raise InputError(f"the server's model reads {', '.join(fields)}; give {options}, as the columns are called")
 
 
-def scan_source(source: Path, text_column: str, sheet: Path | None) -> tuple[list[str], int]:
+def scan_source(
+    source: Path, text_column: str, sheet: Path | None, shard: Shard | None = None
+) -> tuple[list[str], int]:
     """Return the columns of the source, in the order of their first occurrence, and its number of rows.
+
+    Of a Parquet file, only the rows of the `shard` are read. Another file is read to its end, to count its rows.
 
     Raises:
         InputError: the text column is missing, or the spreadsheet `sheet` cannot hold the rows.
     """
     columns: dict[str, None] = {}
-    total = 0
-    for row in read_rows(source):
-        total += 1
+    total, rows = 0, read_rows(source)
+    if shard and kind_of(source) == "parquet":
+        names, total = columnar.size_of(source, local(source))
+        columns, rows = dict.fromkeys(names), read_range(source, shard.rows(total))
+    read = 0
+    for row in rows:
+        read += 1
         if row.keys() - columns.keys():
             columns.update(dict.fromkeys(row))
         if sheet is not None:
             for value in row.values():
-                require_fit(value, sheet, total)
+                require_fit(value, sheet, read)
+    total = total or read
     lacking = next((name for name in columns_of(text_column) if name not in columns), None)
     if total and lacking is not None:
         raise missing_column(source, lacking, list(columns))

@@ -26,9 +26,17 @@ from .conftest import aisle
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "aisle"
 CUSTOM = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}  # the Prometheus operator's; Kubernetes has no schema
+BATCH = {
+    "shards": 16,
+    "claim": "tables",
+    "input": "in.parquet",
+    "output": "out.parquet",
+    "textColumns": ["title", "brand"],
+}
 VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
+    "batch": {"batch": BATCH},
     "bare": {"gateway": {"enabled": False}, "autoscaling": {"enabled": False}},
 }
 INSTALLED = {
@@ -161,6 +169,28 @@ def test_another_checkpoint_makes_another_job() -> None:
     assert job("a") == job("a") != job("b")
 
 
+def test_each_pod_of_a_batch_takes_its_shard(tmp_path: Path) -> None:
+    (job,) = (each for each in render({"batch": BATCH}) if "-batch-" in each["metadata"]["name"])
+    assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 16, 4)
+    pod = job["spec"]["template"]
+    assert pod["metadata"]["labels"]["aisle.caller"] == "true"  # so that the servers' network policy admits it
+    assert pod["spec"]["restartPolicy"] == "Never"  # as backoffLimitPerIndex needs it
+    (container,) = pod["spec"]["containers"]
+    assert {"--url=shop-servers:8001", "--text-column=title", "--text-column=brand"} <= {*container["args"]}
+    (tmp_path / "in.csv").write_text("title,brand\n")
+    words = [word.replace("/data", str(tmp_path)).replace(".parquet", ".csv") for word in container["args"]]
+    done = aisle("classify", *words)
+    assert "JOB_COMPLETION_INDEX is not set" in done.stderr  # the first error
+
+
+def test_another_table_makes_another_batch() -> None:
+    def name(**changed: object) -> str:
+        manifests = render({"batch": BATCH | changed})
+        return next(str(each["metadata"]["name"]) for each in manifests if "-batch-" in each["metadata"]["name"])
+
+    assert name() == name(parallelism=8) != name(input="other.parquet")
+
+
 def test_the_gateway_gets_all_of_its_files() -> None:
     manifests = render({})
     (files,) = (m["data"] for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"] == "shop-gateway")
@@ -175,6 +205,9 @@ def test_the_gateway_gets_all_of_its_files() -> None:
     [
         ({"images": {"serve": "aisle:latest", "build": "a:1", "gateway": "e:1"}}, "serve"),
         ({"replica": 3}, "replica"),
+        ({"batch": BATCH | {"claim": ""}}, "claim"),
+        ({"batch": BATCH | {"input": "/in.parquet"}}, "input"),
+        ({"batch": BATCH | {"shards": -1}}, "shards"),
         ({"checkpoint": {"claim": "checkpoints", "path": ""}}, "path"),
         ({"pools": {"cpu": {"gpus": 1, "nodeSelector": {}}}}, "nodeSelector"),
         ({"pools": {"cpu": {"target": "tpu"}}}, "target"),

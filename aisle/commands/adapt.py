@@ -1,9 +1,10 @@
-"""Adapting: measure drift, choose texts to label, and retrain."""
+"""Adapting: measure drift, choose texts to label, retrain, and forecast the demand of categories."""
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,10 @@ from aisle.commands import (
 from aisle.commands.command import Stage, choices, file_to_read, refuse, resumable
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
 from aisle.console import say, show
+from aisle.errors import InputError
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
 
 app = Stage()
 MINUTE = 1 / 1440  # of a day
@@ -144,6 +149,70 @@ def retrain(
     report(result, as_json, _show_retraining, (f"checkpoint in {out}", *following))
 
 
+@app.command()
+@reads_tables
+@writes_tables
+def demand(
+    data: Annotated[
+        Path, data_argument("A table with a date and a category, as `aisle classify -o` writes it, or a traffic log.")
+    ],
+    out: OutputTable,
+    date_column: Annotated[str, typer.Option(help="The column that holds the date or the time.")] = "time",
+    label_column: LabelColumn = "category",
+    count_column: Annotated[
+        str, typer.Option(help="The column that holds how many a row counts for.", show_default="each row is one")
+    ] = "",
+    horizon: Annotated[int, typer.Option(min=1, max=366, help="Days to forecast.")] = 28,
+    recent: Annotated[
+        int, typer.Option(min=3, max=90, help="Compare so many last days with a forecast made before them.")
+    ] = 7,
+    until: Annotated[
+        str, typer.Option(metavar="DATE", help="Leave out later days, such as a last day that is not over.")
+    ] = "",
+    time_zone: Annotated[
+        str,
+        typer.Option(help="Count days in this zone, such as Asia/Shanghai.", show_default="the zone of the input"),
+    ] = "",
+    page: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast the daily counts of categories, and list those that broke out of their forecast."""
+    from aisle.train.demand.counts import Columns
+    from aisle.train.demand.demand import demand as run
+
+    refuse_two_on_stdout(out, as_json)
+    columns = Columns(date_column, label_column, count_column, _zone(time_zone), _day(until))
+    result = run(data, out, columns=columns, horizon=horizon, recent=recent, report=page)
+    _note_demand(result)
+    report(result, as_json, _show_demand)
+
+
+def _zone(name: str) -> ZoneInfo | None:
+    """Return the time zone of --time-zone.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name) if name else None
+    except (ValueError, OSError, KeyError):
+        raise InputError(f"--time-zone {name}: there is no such zone; write one as Asia/Shanghai") from None
+
+
+def _day(text: str) -> datetime.date | None:
+    """Return the day of --until.
+
+    Raises:
+        InputError: it is not a date.
+    """
+    try:
+        return datetime.date.fromisoformat(text) if text else None
+    except ValueError:
+        raise InputError(f"--until {text}: write the date as 2026-11-24") from None
+
+
 def _show_drift(result: dict[str, Any]) -> None:
     from aisle.train.adapt.drift_statistics import RULES
 
@@ -186,4 +255,46 @@ def _show_retraining(result: dict[str, Any]) -> None:
         f"{corrections['in_table']} texts of the table corrected, {corrections['added']} added, "
         f"{corrections['blank']} left blank"
         + (f", {corrections['disputed']} disputed" if corrections["disputed"] else "")
+    )
+
+
+def _note_demand(result: dict[str, Any]) -> None:
+    """Say on stderr what a planner must know of the figures."""
+    skipped = ", ".join(f"{rows} ({reason})" for reason, rows in result["skipped"].items())
+    if skipped:
+        say(f"rows left out: {skipped}")
+    if result["last_row"]:
+        say(f"{result['to']} may not be over: its last row is of {result['last_row']}; leave it out with --until")
+    if simple := result["not_validated"]:
+        first = f"{simple[0]['category']}: {simple[0]['reason']}"
+        say(f"{len(simple)} of {result['series']} series have a simple forecast that is not validated, such as {first}")
+    if not result["accuracy"]:
+        say("the input is too short to measure the forecasts")
+    if not result["break_outs_tested"]:
+        say("the input is too short to look for break-outs")
+
+
+def _show_demand(result: dict[str, Any]) -> None:
+    if result["output"] == "-":  # stdout has the forecasts
+        return
+    columns = {
+        "level": "level",
+        "series": "series",
+        "mase": "MASE",
+        "mase_seasonal_naive": "MASE, seasonal naive",
+        "inside_80": "inside 80 %",
+        "inside_95": "inside 95 %",
+    }
+    if result["accuracy"]:
+        show_rows(columns, result["accuracy"], f"the last {result['horizon']} days, forecast without them")
+    for each in result["break_outs"]:
+        during = f", during {each['festival']}" if each["festival"] else ""
+        show(
+            f"{each['side']} its forecast: {each['category']}, {each['days_outside']} of {result['recent']} days since "
+            f"{each['since']}; {each['actual']:.0f} counted, {each['forecast']:.0f} forecast{during}"
+        )
+    if result["break_outs_tested"] and not result["break_outs"]:
+        show(f"no category broke out of its forecast in the last {result['recent']} days")
+    show(
+        f"{result['series']} series, {result['from']} to {result['to']}; {result['horizon']} days in {result['output']}"
     )

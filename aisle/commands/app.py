@@ -51,6 +51,7 @@ PANELS = {
         "rollback",
         "drift",
         "watch",
+        "demand",
         "review",
         "retrain",
         "decide",

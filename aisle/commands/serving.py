@@ -262,13 +262,22 @@ def classify(
         typer.Option(callback=file_to_write, help="Append the answers to a log for `aisle drift`, without texts."),
     ] = None,
     keep_text: Annotated[bool, typer.Option(help="Log the texts too, for `aisle review`.")] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="N/COUNT",
+            help="Classify this share of the rows into a part file of -o; job/COUNT takes N from a Kubernetes Job.",
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Classify texts, or every row of a file. A file that was stopped resumes."""
     from aisle.client import Classifier, TrafficLog
     from aisle.client.bulk import classify_file
+    from aisle.preprocess.tables.shard import read_shard
 
     _check_classify(ctx, what, out, log, keep_text, as_json)
+    share = read_shard(shard) if shard else None
     with (
         TrafficLog(log, keep_text) if log else nullcontext() as traffic,
         Classifier.from_environment(url, timeout=timeout, log=traffic) as classifier,
@@ -283,9 +292,12 @@ def classify(
                     top_k,
                     lambda rows, n: track(rows, "classifying", n),
                     decisions=decisions,
+                    shard=share,
                 )
-            report(result, as_json, lambda _: None, _after_file(result, out, text_column))
-            _refuse_only_errors(result, what[0], out)
+            written = Path(result["output"])
+            report(result, as_json, lambda _: None, _after_file(result, written, text_column))
+            if not shard:  # one shard of bad rows does not spoil the others
+                _refuse_only_errors(result, what[0], written)
             return
         if decisions is None:
             decisions = classifier.has_decisions()
@@ -470,7 +482,7 @@ def demo(
     report(result, as_json, _show_demo, (f"version {result['version']} in {repository}", "aisle", "serve", *others))
 
 
-FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom")
+FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard")
 
 
 def is_file(text: str) -> bool:

@@ -43,20 +43,49 @@ def open_parquet(path: Path, where: Path) -> Any:
     return file
 
 
-def batches(file: Any, path: Path, columns: list[str] | None = None) -> Iterator[Any]:
-    """Yield the record batches of an open file.
+def batches(file: Any, path: Path, columns: list[str] | None = None, part: range | None = None) -> Iterator[Any]:
+    """Yield the record batches of an open file, or only those of the rows `part`, from 0.
 
     Raises:
         InputError: it is damaged.
     """
     try:
-        yield from file.iter_batches(BATCH, columns=columns)
+        if part is None:
+            yield from file.iter_batches(BATCH, columns=columns)
+        else:
+            yield from _batches_of(file, columns, part)
     except (OSError, ValueError) as error:  # base classes of pyarrow's errors
         raise InputError(f"{path}: damaged: {error}") from None
 
 
-def rows_of(path: Path, where: Path, only: list[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a Parquet file; with `only`, these columns only.
+def _batches_of(file: Any, columns: list[str] | None, part: range) -> Iterator[Any]:
+    """Yield the batches of some rows. Row groups without any of them are not read."""
+    ends = list(itertools.accumulate(file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)))
+    groups = [
+        n for n, end in enumerate(ends) if end > part.start and end - file.metadata.row_group(n).num_rows < part.stop
+    ]
+    if not part or not groups:
+        return
+    at = ends[groups[0]] - file.metadata.row_group(groups[0]).num_rows
+    for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns):
+        start, stop = max(part.start - at, 0), min(part.stop - at, len(batch))
+        if start < stop:
+            yield batch.slice(start, stop - start)
+        at += len(batch)
+
+
+def size_of(path: Path, where: Path) -> tuple[list[str], int]:
+    """Return the columns and the number of rows of a Parquet file, without reading its rows.
+
+    Raises:
+        InputError: as `open_parquet`.
+    """
+    file = open_parquet(path, where)
+    return list(file.schema_arrow.names), file.metadata.num_rows
+
+
+def rows_of(path: Path, where: Path, only: list[str] | None = None, part: range | None = None) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, or of its rows `part`; with `only`, these columns only.
 
     Times that Python cannot represent become text.
     """
@@ -64,7 +93,7 @@ def rows_of(path: Path, where: Path, only: list[str] | None = None) -> Iterator[
     names = file.schema_arrow.names
     if only is not None and {*only} <= {*names}:  # otherwise read all, so that the error can list the columns
         names = [name for name in names if name in only]
-    for batch in batches(file, path, names):
+    for batch in batches(file, path, names, part):
         columns = [_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True) if columns else [()] * len(batch):
             yield dict(zip(names, values, strict=True))
@@ -87,12 +116,21 @@ def _scalar(scalar: Any) -> Any:
         return text if "out of range" not in text else str(scalar.value)
 
 
-def write_parquet(path: Path, rows: Callable[[], Iterator[Row]], columns: list[str]) -> None:
-    """Write rows. A first pass over them finds the columns' types. A column of several types is written as text."""
+def write_parquet(
+    path: Path,
+    rows: Callable[[], Iterator[Row]],
+    columns: list[str],
+    typical: Callable[[], Iterator[Row]] | None = None,
+) -> None:
+    """Write rows. A first pass over them finds the columns' types. A column of several types is written as text.
+
+    Args:
+        typical: the rows that the types are taken from, so that several files of one table have the same types.
+    """
     pyarrow = load_pyarrow()
     types = dict.fromkeys(columns, pyarrow.null())
     mixed: set[str] = set()
-    for batch in _chunks(rows()):
+    for batch in _chunks((typical or rows)()):
         for name in types.keys() - mixed:
             try:
                 array = pyarrow.array([_storable(row.get(name)) for row in batch])
@@ -140,13 +178,16 @@ def rewrite(
     edits: Iterator[Row | None],
     names: Mapping[str, str],
     types: Mapping[str, type],
+    part: range | None = None,
 ) -> None:
-    """Copy a Parquet file to `out` with edits. An edit holds the new values of a row, or is None to drop it.
+    """Copy a Parquet file, or its rows `part`, to `out` with edits.
+
+    An edit holds the new values of a row, or is None to drop it.
 
     All other columns keep their types and values; they are not converted to Python.
 
     Args:
-        edits: one for each row of the file, in order.
+        edits: one for each of the rows, in order.
         names: new names of columns, by old name.
         types: types of the columns that `edits` sets: str, float, or lists of them. New columns are added in this
             order.
@@ -158,7 +199,7 @@ def rewrite(
     kinds = {name: known[kind] for name, kind in types.items()}
     schema = _edited_schema(file.schema_arrow, kinds, names)
     with pyarrow.parquet.ParquetWriter(out, schema) as writer:
-        for batch in batches(file, path):
+        for batch in batches(file, path, part=part):
             changes = list(itertools.islice(edits, len(batch)))
             if len(changes) != len(batch):
                 raise InputError(f"{path} changed while it was read; run the command again")

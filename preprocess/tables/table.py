@@ -59,6 +59,21 @@ def read_rows(path: Path, only: list[str] | None = None) -> Iterator[Row]:
             yield from {"jsonl": _read_jsonl, "json": _read_json, "txt": _read_txt}.get(kind, _read_csv)(path, file)
 
 
+def read_range(path: Path, part: range | None) -> Iterator[Row]:
+    """Yield the rows `part` of a table, from 0; None means all.
+
+    Of a Parquet file, only the row groups that hold them are read.
+
+    Raises:
+        InputError: as `read_rows`.
+    """
+    if part is None:
+        return read_rows(path)
+    if kind_of(path) == "parquet":
+        return columnar.rows_of(path, local(path), part=part)
+    return itertools.islice(read_rows(path), part.start, part.stop)
+
+
 def _read_txt(path: Path, file: IO[str]) -> Iterator[Row]:
     """Yield a row for each line, including blank lines, so that line n of the file is row n."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), ""), start=1):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +20,9 @@ from aisle.errors import InputError
 from aisle.preprocess.tables import columnar, opening, sheets
 from aisle.preprocess.tables.opening import STDIO, kind_of, local, open_output
 from aisle.preprocess.tables.passthrough import cell, encodable, plain
-from aisle.preprocess.tables.table import Row, read_rows
+from aisle.preprocess.tables.table import Row, read_range, read_rows
 
+EXAMPLES: dict[type, Any] = {str: "", float: 0.0, list[str]: [""], list[float]: [0.0]}  # a value of each edited type
 BOM: ContextVar[bool] = ContextVar("bom", default=False)  # whether CSV and TSV are written with a byte order mark
 
 
@@ -140,8 +142,11 @@ def write_edited(
     types: Mapping[str, type],
     names: Mapping[str, str] | None = None,
     kind: str = "",
+    part: range | None = None,
 ) -> None:
-    """Copy the rows of `source` to `out` with edits. An edit holds the new values of a row, or is None to drop it.
+    """Copy the rows of `source`, or its rows `part`, to `out` with edits.
+
+    An edit holds the new values of a row, or is None to drop it.
 
     From Parquet to Parquet, all other columns keep their types and values.
 
@@ -150,19 +155,37 @@ def write_edited(
         columns: the columns of the source.
         types: types of the columns that `edits` sets, as in `columnar.rewrite`. New columns are added in this order.
         names: new names of the source's columns, by old name.
+        part: rows of the source, from 0. A Parquet file then has the types of the whole source, as all other parts do.
     """
     kind, renamed = kind or file_format(out), names or {}
     if kind == "parquet" and kind_of(source) == "parquet":
-        columnar.rewrite(source, local(source), out, edits(), renamed, types)
+        columnar.rewrite(source, local(source), out, edits(), renamed, types, part)
         return
 
     def rows() -> Iterator[Row]:
         none: Any = object()
-        for row, edit in itertools.zip_longest(read_rows(source), edits(), fillvalue=none):
+        for row, edit in itertools.zip_longest(read_range(source, part), edits(), fillvalue=none):
             if row is none or edit is none:
                 raise InputError(f"{source} changed while it was read; run the command again")
             if edit is not None:
-                yield {**{renamed.get(name, name): value for name, value in row.items()}, **edit}
+                yield {**_renamed(row, renamed), **edit}
 
     kept = [renamed.get(name, name) for name in columns]
-    write_rows(out, rows, [*kept, *(name for name in types if name not in kept)], kind)
+    written = [*kept, *(name for name in types if name not in kept)]
+    if part is not None and kind == "parquet":
+        example = {name: EXAMPLES[each] for name, each in types.items()}
+        typical = partial(_typical, source, renamed, example)
+        columnar.write_parquet(out, rows, written, typical)
+    else:
+        write_rows(out, rows, written, kind)
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+def _typical(source: Path, names: Mapping[str, str], example: Row) -> Iterator[Row]:
+    """Yield rows with the types of all rows of the source, and of the edited columns."""
+    yield example
+    for row in read_rows(source):
+        yield {**_renamed(row, names), **example}
