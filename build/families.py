@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from aisle.build.encoder import ACTIVATIONS, Shape
 from aisle.errors import InputError
 from aisle.train.core.added import added_weight
-from aisle.train.core.families import SUPPORTED, classifier_pooling, embedding_pooling, first_position, token_limit
+from aisle.train.core.families import (
+    SUPPORTED,
+    classifier_pooling,
+    embedding_pooling,
+    first_position,
+    output_layer,
+    token_limit,
+)
 
 Weights = dict[str, Tensor]  # by the names of the parameters in `encoder.Encoder`
 
@@ -41,7 +48,7 @@ class Bert:
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=getattr(config, self.intermediate),
-            labels=config.num_labels,
+            labels=output_layer(model).out_features,
             activation=getattr(config, self.activation),
             eps=embeddings.LayerNorm.eps,
             word_size=0 if size == config.hidden_size else size,
@@ -248,7 +255,7 @@ class ModernBert(Bert):
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=config.intermediate_size,
-            labels=config.num_labels,
+            labels=output_layer(model).out_features,
             activation=config.hidden_activation,
             eps=config.norm_eps,
             learned_positions=False,

@@ -48,7 +48,7 @@ class _Models:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._known, self.have_decisions, self.fields, self.multi_label = classifier.models(bulk=True)
+        self._known, self.have_decisions, self.fields, self.multi_label, self.attributes = classifier.models(bulk=True)
 
     def of(self, version: int) -> str:
         """Return the fingerprint of a version's model; empty if the server does not tell."""
@@ -66,6 +66,7 @@ def classify_file(
     track: Track = lambda rows, _: rows,
     *,
     decisions: bool | None = None,
+    attributes: bool = False,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
@@ -81,6 +82,7 @@ def classify_file(
         track: wraps the stream of answers, to show progress; its second argument is their number.
         decisions: write the decisions; by default as the run that this one resumes or, in a new run, if the model has
             them.
+        attributes: write each attribute of the model too, and its confidence.
 
     Raises:
         InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
@@ -93,11 +95,12 @@ def classify_file(
     columns, total = scan_source(source, text_column, out if kind == "xlsx" else None)
     models = _Models(classifier)
     check_fields(text_column, columns, models.fields)
-    wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
-    # Fails early if the server is unreachable, or has too few categories or no decisions.
-    classifier.probe(top_k, decisions=wanted.decisions, bulk=True)
+    decided = _wants_decisions(models, out) if decisions is None else decisions
+    wanted = Wanted(top_k, decided, attributes=attributes)
+    # Fails early if the server is unreachable, or has too few categories or not what is asked for.
+    classifier.probe(top_k, decisions=wanted.decisions, attributes=attributes, bulk=True)
     sets = models.multi_label and top_k is None
-    added = _set_types(kind) if sets else _added_types(wanted)
+    added = _set_types(kind) if sets else _added_types(wanted, models.attributes)
     names = _renames(columns, added)
     found: Counter[str] = Counter()
     try:
@@ -146,6 +149,8 @@ def _job(source: Path, text_column: str, wanted: Wanted, sets: bool) -> dict[str
         job["sets"] = True
     if wanted.decisions:
         job["decisions"] = True
+    if wanted.attributes:
+        job["attributes"] = True
     return job if reading() == Reading() else {**job, "reading": repr(reading())}
 
 
@@ -209,7 +214,8 @@ def _answers(
             faults.append(fault)
             yield text
 
-    for answer in classifier.stream(texts(), wanted.top_k, decisions=wanted.decisions):
+    stream = classifier.stream(texts(), wanted.top_k, decisions=wanted.decisions, attributes=wanted.attributes)
+    for answer in stream:
         yield faults.popleft() or answer
 
 
@@ -356,13 +362,19 @@ def _names(rank: int) -> tuple[str, str]:
     return ("category", "confidence") if rank == 1 else (f"category_{rank}", f"confidence_{rank}")
 
 
-def _added_types(wanted: Wanted) -> dict[str, type]:
-    """Return the added columns with their types."""
+def _added_types(wanted: Wanted, attributes: Sequence[str]) -> dict[str, type]:
+    """Return the added columns with their types.
+
+    Args:
+        attributes: that the model has.
+    """
     types: dict[str, type] = {}
     for rank in range(1, (wanted.top_k or 1) + 1):
         types |= dict(zip(_names(rank), (str, float), strict=True))
     if wanted.decisions:
         types |= {"decision": str, "decided": str}
+    for name in attributes if wanted.attributes else ():
+        types |= {name: str, f"{name}_confidence": float}
     return types | {"warning": str, "error": str}
 
 
@@ -389,6 +401,8 @@ def _answer_columns(answer: Prediction | Failure) -> Row:
         row.update(zip(_names(rank), pair, strict=True))
     if answer.decision is not None:
         row |= {"decision": answer.decision, "decided": answer.decided or None}
+    for name, (value, confidence) in (answer.attributes or {}).items():
+        row |= {name: value, f"{name}_confidence": confidence}
     many = answer.unknown >= MANY_UNKNOWN
     row["warning"] = f"the model does not know {answer.unknown:.0%} of this text" if many else None
     return row | {"error": None, "version": answer.version}

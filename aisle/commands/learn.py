@@ -24,6 +24,7 @@ from aisle.commands import (
     data_argument,
     other_columns,
     report,
+    show_attributes,
     show_metrics,
     show_rows,
 )
@@ -59,6 +60,9 @@ def train(
     fold_labels: FoldLabels = False,
     label_map: LabelMap = None,
     min_rows: MinRows = 0,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="A further column to learn, such as a brand; repeatable.")
+    ] = None,
     multi_label: Annotated[
         bool, typer.Option(help="A text has several categories: A|B in a cell, or a list in JSON and Parquet.")
     ] = False,
@@ -86,6 +90,7 @@ def train(
             log_dir=log_dir,
             overwrite=overwrite,
             labelling=replace(labelling(fold_labels, label_map, min_rows), multi_label=multi_label),
+            also=also or (),
         )
     report(result, as_json, _show_training, checkpoint_in(out))
 
@@ -183,6 +188,7 @@ def _show_training(result: dict[str, Any]) -> None:
         mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
         spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
         show(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
+    show_attributes(result.get("attributes", {}))
     if "search" in result:
         found = result["search"]
         show(
