@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from aisle.build.encoder import ACTIVATIONS, Shape
 from aisle.errors import InputError
 from aisle.train.core.added import added_weight
-from aisle.train.core.families import (
-    SUPPORTED,
-    classifier_pooling,
-    embedding_pooling,
-    first_position,
-    output_layer,
-    token_limit,
-)
+from aisle.train.core.families import SUPPORTED, classifier_pooling, embedding_pooling, first_position, token_limit
+from aisle.train.core.head_rows import NAME as HEADS
+from aisle.train.core.head_rows import values_of
 
 Weights = dict[str, Tensor]  # by the names of the parameters in `encoder.Encoder`
 
@@ -48,7 +43,7 @@ class Bert:
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=getattr(config, self.intermediate),
-            labels=output_layer(model).out_features,
+            labels=config.num_labels,
             activation=getattr(config, self.activation),
             eps=embeddings.LayerNorm.eps,
             word_size=0 if size == config.hidden_size else size,
@@ -255,7 +250,7 @@ class ModernBert(Bert):
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
             intermediate=config.intermediate_size,
-            labels=output_layer(model).out_features,
+            labels=config.num_labels,
             activation=config.hidden_activation,
             eps=config.norm_eps,
             learned_positions=False,
@@ -312,18 +307,21 @@ def family_of(model: Any) -> Bert:
 
 
 def shape_of_model(model: Any) -> Shape:
-    """Return the sizes of a classifier of transformers, which may have rows of added categories.
+    """Return the sizes of a classifier of transformers, which may have rows of added categories and further heads.
 
     Raises:
         InputError: as `family_of`.
     """
-    return replace(family_of(model).shape(model), reads_below=added_weight(model) is not None)
+    below = added_weight(model) is not None
+    return replace(family_of(model).shape(model), reads_below=below, attributes=values_of(model))
 
 
 def weights_of_model(model: Any) -> Weights:
     """Return the weights of a classifier of transformers; queries are not scaled yet."""
-    added = added_weight(model)
-    return family_of(model).weights(model) | ({} if added is None else {"added.weight": added})
+    added, found = added_weight(model), family_of(model).weights(model)
+    if values_of(model):
+        found |= _copy("attributes", getattr(model, HEADS))
+    return found | ({} if added is None else {"added.weight": added})
 
 
 def distances(positions: int) -> Tensor:

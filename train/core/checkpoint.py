@@ -121,7 +121,10 @@ class Checkpoint:
     def heads(self) -> Heads:
         """The further heads, in the order of their logits."""
         _ = self.labels  # which checks that all files are there
-        return load_heads(self.folder)
+        heads = load_heads(self.folder)
+        if heads and not (self.folder / HEAD_ROWS).is_file():
+            raise InputError(f"{self.folder} lacks {HEAD_ROWS}, the weights of its further heads; put the file back")
+        return heads
 
     @cached_property
     def head_rows(self) -> HeadRows | None:

@@ -1,4 +1,9 @@
-"""The weights of further heads: rows of the output layer, after those of the categories."""
+"""The weights of further heads, and how a classifier of transformers gets them.
+
+A head reads what the classifier reads of the last hidden states: the first token's, or the mean. It does not read what
+the layer below the classifier's output makes of it. That layer has a tanh, which the category saturates early in a
+training, and then other answers are hardly learnt.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +13,69 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aisle.errors import InputError
-from aisle.train.core.added import added_weight, set_added
+from aisle.train.core.added import mean_hidden
 from aisle.train.core.checkpoint import HEAD_ROWS as FILE
-from aisle.train.core.families import output_layer
+from aisle.train.core.families import classifier_pooling
 from aisle.train.core.heads import Heads, load_heads, save_heads, spans, width
+
+NAME = "attribute_heads"  # in a model
 
 
 class HeadRows(NamedTuple):
     """The rows of all heads."""
 
     heads: Heads
-    weight: Tensor  # [values of all heads, features]
+    weight: Tensor  # [values of all heads, hidden]
     bias: Tensor  # [values of all heads]
+
+
+class AttributeHeads(nn.Linear):
+    """All heads of a model as one layer. It gives the model's output their logits, after those of the categories."""
+
+    def __init__(self, model: Any, rows: HeadRows) -> None:
+        super().__init__(rows.weight.shape[1], len(rows.bias))
+        self.weight, self.bias = nn.Parameter(rows.weight.clone()), nn.Parameter(rows.bias.clone())
+        self._averages = classifier_pooling(model.config) == "mean"
+        self._mask: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self.hooks = [
+            model.register_forward_pre_hook(self._keep_mask, with_kwargs=True),
+            model.base_model.register_forward_hook(self._keep_hidden),
+            model.register_forward_hook(self._append),
+        ]
+
+    def _keep_mask(self, _: Any, args: Any, named: dict[str, Any]) -> None:
+        self._mask = named.get("attention_mask", args[1] if len(args) > 1 else None)
+
+    def _keep_hidden(self, _: Any, args: Any, output: Any) -> None:
+        self._hidden = output[0]
+
+    def _append(self, _: Any, args: Any, output: Any) -> Any:
+        assert self._hidden is not None
+        if not self._averages:
+            read = self._hidden[:, 0]
+        elif self._mask is None:
+            read = self._hidden.mean(dim=1)
+        else:
+            read = mean_hidden(self._hidden, self._mask)
+        self._hidden = self._mask = None  # frees memory, and the graph of a training step
+        output.logits = torch.cat([output.logits.float(), self(read.float()).float()], dim=1)
+        return output
+
+
+def values_of(model: Any) -> int:
+    """Return how many logits of a model belong to further heads."""
+    heads = getattr(model, NAME, None)
+    return 0 if heads is None else int(heads.out_features)
 
 
 def new_rows(model: Any, heads: Heads) -> HeadRows:
     """Return random rows for new heads, drawn as transformers draws those of a classifier."""
     deviation = float(getattr(model.config, "initializer_range", 0.02))
-    weight = torch.empty(width(heads), output_layer(model).in_features).normal_(0.0, deviation)
+    weight = torch.empty(width(heads), model.config.hidden_size).normal_(0.0, deviation)
     return HeadRows(heads, weight, torch.zeros(len(weight)))
 
 
@@ -47,22 +94,18 @@ def kept_rows(new: HeadRows, old: HeadRows) -> HeadRows:
 
 
 def add_rows(model: Any, rows: HeadRows) -> Any:
-    """Append the rows of heads to the output layer of a classifier, and return the classifier."""
-    layer = output_layer(model)
-    _set_layer(layer, torch.cat([layer.weight.detach(), rows.weight]), torch.cat([_bias(layer), rows.bias]))
-    added = added_weight(model)
-    if added is not None:  # rows of added categories read something else, which heads do not
-        set_added(model, torch.cat([added.detach(), added.new_zeros(len(rows.bias), added.shape[1])]))
+    """Give a classifier further heads, and return it."""
+    setattr(model, NAME, AttributeHeads(model, rows))
     return model
 
 
 def cut_rows(model: Any, heads: Heads) -> HeadRows:
-    """Take the rows of heads out of the output layer of a classifier, and return them."""
-    layer = output_layer(model)
-    place = layer.out_features - width(heads)
-    weight, bias = layer.weight.detach(), _bias(layer)
-    _set_layer(layer, weight[:place].clone(), bias[:place].clone())
-    return HeadRows(heads, weight[place:].clone(), bias[place:].clone())
+    """Take the heads from a classifier, and return their rows."""
+    layer = getattr(model, NAME)
+    for hook in layer.hooks:
+        hook.remove()
+    delattr(model, NAME)
+    return HeadRows(heads, layer.weight.detach(), layer.bias.detach())
 
 
 def save_rows(folder: Path, rows: HeadRows) -> None:
@@ -95,13 +138,3 @@ def load_rows(folder: Path) -> HeadRows | None:
     if not all(torch.isfinite(each).all() for each in rows[1:]):
         raise InputError(f"{folder}/{FILE}: a weight is not finite; train again with a lower --learning-rate")
     return rows
-
-
-def _set_layer(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    layer.weight, layer.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
-    layer.out_features = len(bias)
-
-
-def _bias(layer: Any) -> Tensor:
-    bias: Tensor = layer.bias.detach() if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
-    return bias

@@ -1,8 +1,8 @@
 """Further heads on one encoder: each gives a text an attribute, such as its brand, beside its category.
 
-The rows of all heads follow those of the categories in one output layer. So training, engines, quantization and packing
-know nothing of heads: they compute wider logits. In a checkpoint, the rows of the heads lie apart, and the rest is a
-plain classifier of transformers. This file needs no PyTorch; `aisle.train.core.head_rows` has the weights.
+The logits of all heads follow those of the categories, so engines, quantization and packing only see wider logits. In a
+checkpoint, the rows of the heads lie apart, and the rest is a plain classifier of transformers. This file needs no
+PyTorch; `aisle.train.core.head_rows` has the weights.
 """
 
 from __future__ import annotations

@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from aisle.console import say
 from aisle.train.core.calibration import fit_temperature
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.head_data import HeadData
-from aisle.train.core.head_rows import add_rows, kept_rows, new_rows
+from aisle.train.core.head_rows import NAME, add_rows, kept_rows, new_rows
 from aisle.train.core.heads import FILE, spans
 from aisle.train.core.metrics import score
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.fit.loss import Loss, RowLoss
 
-WEIGHT = 1.0  # of each attribute in the loss and in the score, as of the category
+WEIGHT = 0.5  # of each attribute in the loss and in the score; the category's is 1
 NONE = -1  # the number of a missing value
 Logits = npt.NDArray[np.float32]
 
@@ -108,14 +109,29 @@ def score_of_all(category: float, attributes: dict[str, float]) -> float:
 
 
 def temperatures(
-    heads: Sequence[HeadData], logits: Logits, categories: int, targets: npt.NDArray[Any]
+    heads: Sequence[HeadData], logits: Logits, targets: npt.NDArray[Any]
 ) -> list[tuple[str, slice, float]]:
-    """Return each head's name, its logits, and the temperature that calibrates them on the texts that have a value."""
-    places = spans(categories, [each.head for each in heads])
+    """Return each head's name, its logits, and the temperature that calibrates them on the texts that have a value.
+
+    Args:
+        logits: of the heads alone, [texts, values].
+        targets: [texts, 1 + heads].
+    """
+    places = spans(0, [each.head for each in heads])
     return [
         (each.head.name, place, fit_temperature(logits[numbers != NONE, place], numbers[numbers != NONE]))
         for each, place, numbers in zip(heads, places, targets[:, 1:].T, strict=True)
     ]
+
+
+def calibrate_heads(model: Any, found: Sequence[tuple[str, slice, float]]) -> dict[str, float]:
+    """Put the temperatures of `temperatures` into the weights of a model's heads; return them by name."""
+    layer = getattr(model, NAME)
+    with torch.no_grad():
+        for _, place, temperature in found:
+            layer.weight[place] /= temperature
+            layer.bias[place] /= temperature
+    return {name: temperature for name, _, temperature in found}
 
 
 def measure_heads(heads: Sequence[HeadData], logits: Logits, categories: int, texts: Sequence[str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from aisle.train.core.threshold_fit import fit_thresholds
 from aisle.train.fit.classification import Classification
 from aisle.train.fit.contrast import ContrastiveClassification, measure_search
 from aisle.train.fit.crossval import cross_validate
-from aisle.train.fit.heads import add_heads, measure_heads, temperatures
+from aisle.train.fit.heads import add_heads, calibrate_heads, measure_heads, temperatures
 from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.loss import check_levels
 from aisle.train.fit.model import check_settings, from_pretrained, from_scratch
@@ -284,12 +284,10 @@ def calibrate(learnt: Learnt, targets: DecisionTargets) -> None:
     temperature = fit_temperature(logits[:, own], task.validation_categories)
     learnt.decisions = fit_decisions(logits[:, own] / temperature, task.validation_categories, learnt.labels, targets)
     say(_accepted(learnt.decisions))
-    _divide_logits(learnt, own, temperature)
-    learnt.temperature = temperature
+    _divide_logits(learnt, temperature)
     if task.heads:
-        for name, place, each in temperatures(task.heads, logits, task.categories, task.validation_targets):
-            _divide_logits(learnt, place, each)
-            learnt.attribute_temperatures[name] = each
+        found = temperatures(task.heads, logits[:, task.categories :], task.validation_targets)
+        learnt.attribute_temperatures = calibrate_heads(learnt.model, found)
 
 
 def _calibrate_multi_label(learnt: Learnt) -> None:
@@ -300,15 +298,15 @@ def _calibrate_multi_label(learnt: Learnt) -> None:
     shared = max(each.shared_by for each in learnt.thresholds.categories)
     if shared > 1:
         say(f"{shared} of {len(learnt.labels)} categories have too few validation texts and share a threshold")
-    _divide_logits(learnt, slice(None), temperature)
-    learnt.temperature = temperature
+    _divide_logits(learnt, temperature)
 
 
-def _divide_logits(learnt: Learnt, logits: slice, temperature: float) -> None:
-    """Put a temperature into the weights of some logits."""
+def _divide_logits(learnt: Learnt, temperature: float) -> None:
+    """Put a temperature into the weights."""
     with torch.no_grad():
-        output_layer(learnt.model).weight[logits] /= temperature
-        output_layer(learnt.model).bias[logits] /= temperature
+        output_layer(learnt.model).weight /= temperature
+        output_layer(learnt.model).bias /= temperature
+    learnt.temperature = temperature
 
 
 def _accepted(decisions: Decisions) -> str:
