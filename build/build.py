@@ -42,7 +42,7 @@ from aisle.files import write_json
 from aisle.preprocess import fast, fields
 from aisle.preprocess.pack import WIDEST
 from aisle.preprocess.tables.table import fingerprint
-from aisle.train.core import decisions, multi_label, sample
+from aisle.train.core import decisions, heads, multi_label, sample
 from aisle.train.core.checkpoint import Checkpoint
 
 
@@ -85,7 +85,8 @@ def build(
     gate, options = gate or GATES[precision], options or compile_tensorrt.CompilerOptions()
     with checkpoint_of(source) as checkpoint:
         loaded = Checkpoint(checkpoint, max_tokens)
-        spec = EngineSpec(target, precision, loaded.tokenizer.max_tokens, len(loaded.labels), loaded.fingerprint)
+        logits = len(loaded.labels) + heads.width(loaded.heads)
+        spec = EngineSpec(target, precision, loaded.tokenizer.max_tokens, logits, loaded.fingerprint)
         if target in compile_tensorrt.MODULES and spec.max_tokens > WIDEST:
             raise InputError(
                 f"{target} takes texts of up to {WIDEST} tokens, not {spec.max_tokens}; lower --max-tokens, or use "
@@ -132,12 +133,16 @@ def _write_text_files(inputs: BuildInputs, checkpoint: Path, folders: dict[str, 
         inputs.checkpoint.decisions.save(folders["encoder"])
     if inputs.checkpoint.thresholds:
         inputs.checkpoint.thresholds.save(folders["encoder"])
+    if inputs.checkpoint.heads:
+        heads.save_heads(folders["encoder"], inputs.checkpoint.heads)
 
 
 def _gate_error(row: dict[str, Any], gate: Gate, message: str) -> GateError:
     """Return the error for an engine that failed its gate."""
     if count := row["not_finite"]:
         message += f": it gives no finite logits for {count} of {row['held_out_texts']} texts"
+    elif failed := gate.failed_attributes(row):
+        message += ": it gives " + ", ".join(f"the same {name} to {share:.2%}" for name, share in failed.items())
     return GateError(message, {**row, **_thresholds(gate)})
 
 
@@ -178,7 +183,9 @@ def build_engine(
     row = attempt([])
     if gate.passes(row):
         return row
-    return _keep_layers_in_fp16(row, attempt, quantize.sensitivity(inputs.model, ranges, inputs.validation), gate)
+    return _keep_layers_in_fp16(
+        row, attempt, quantize.sensitivity(inputs.model, ranges, inputs.validation, inputs.places), gate
+    )
 
 
 def _keep_layers_in_fp16(
@@ -241,7 +248,7 @@ def _build_cuda_engine(inputs: BuildInputs, spec: EngineSpec, folder: Path, gate
     row = attempt()
     if spec.precision != "fp8" or gate.passes(row):
         return row
-    ranking = fp8.sensitivity(inputs.model, inputs.largest_inputs, inputs.validation)
+    ranking = fp8.sensitivity(inputs.model, inputs.largest_inputs, inputs.validation, inputs.places)
     return _keep_layers_in_fp16(row, attempt, ranking, gate)
 
 

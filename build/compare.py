@@ -62,9 +62,8 @@ def _measure(inputs: BuildInputs, checkpoint: Path) -> dict[str, Any]:
     rows = [_pytorch(inputs, checkpoint)]
     for target in targets():
         for precision in PRECISIONS[target]:
-            spec = EngineSpec(
-                target, precision, inputs.tokenizer.max_tokens, len(inputs.labels), inputs.checkpoint.fingerprint
-            )
+            logits = inputs.places[-1].stop
+            spec = EngineSpec(target, precision, inputs.tokenizer.max_tokens, logits, inputs.checkpoint.fingerprint)
             with tempfile.TemporaryDirectory(prefix="aisle-compare-") as folder:
                 row = build_engine(inputs, spec, Path(folder), GATES[precision], compile_tensorrt.CompilerOptions())
                 timed = {}

@@ -55,6 +55,7 @@ class Shape:
     embedding_pooling: str = ""
     reads_below: bool = False  # rows of added categories read the mean hidden state before the last layer
     embeds: bool = False  # the module returns, after the logits, the embedding of each text
+    attributes: int = 0  # values of further heads, whose logits follow those of the categories
 
     @property
     def width(self) -> int:
@@ -69,7 +70,7 @@ class Shape:
     @property
     def outputs(self) -> int:
         """The number of values that the module returns for a text."""
-        return self.labels + self.hidden * self.embeds
+        return self.labels + self.attributes + self.hidden * self.embeds
 
     def __post_init__(self) -> None:
         # JSON has lists only.
@@ -115,6 +116,7 @@ class Encoder(nn.Module):
         self.head_norm = SumNorm(shape.hidden, shape.eps, torch.float32) if shape.norm_first else None
         self.classifier = nn.Linear(shape.hidden, shape.labels)
         self.added = nn.Linear(shape.hidden, shape.labels, bias=False) if shape.reads_below else None
+        self.attributes = nn.Linear(shape.hidden, shape.attributes) if shape.attributes else None
         for theta in {*shape.thetas}:
             self.register_buffer(_rotary(theta), _inverse_frequencies(theta, shape.width))
 
@@ -140,12 +142,14 @@ class Encoder(nn.Module):
         return found
 
     def classify(self, pooled: Pooled) -> Tensor:
-        """Return logits [texts, labels] in fp32."""
+        """Return logits [texts, labels + attributes] in fp32."""
         features = ACTIVATIONS[self.shape.head](self.pooler(pooled.read.float()))
         if self.head_norm is not None:
             features = self.head_norm(features)
         logits: Tensor = self.classifier(features)
-        return logits if self.added is None or pooled.below is None else logits + self.added(pooled.below)
+        if self.added is not None and pooled.below is not None:
+            logits = logits + self.added(pooled.below)
+        return logits if self.attributes is None else torch.cat([logits, self.attributes(pooled.read.float())], dim=1)
 
     def choose(self, first: Tensor, average: Tensor, below: Tensor | None) -> Pooled:
         """Return what is read of the last hidden states, given those of the first tokens and the means."""
@@ -153,7 +157,7 @@ class Encoder(nn.Module):
         return Pooled(of[self.shape.pooling], of[self.shape.embedding_pooling or self.shape.pooling], below)
 
     def outputs(self, pooled: Pooled) -> Tensor:
-        """Return logits and, after them, the embeddings: [texts, labels + hidden] in fp32."""
+        """Return logits and, after them, the embeddings: [texts, labels + attributes + hidden] in fp32."""
         return torch.cat([self.classify(pooled), pooled.embedding.float()], dim=1)
 
     def last(self, hidden: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class EngineSpec:
     target: str
     precision: str
     max_tokens: int
-    labels: int
+    labels: int  # logits: categories and, after them, the values of further heads
     checkpoint: str  # fingerprint of the checkpoint it was built from
     graph: str = ""  # SHA-256 of the ONNX graph
     vocabulary: int = 0  # number of token ids with an embedding

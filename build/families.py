@@ -15,6 +15,8 @@ from aisle.build.encoder import ACTIVATIONS, Shape
 from aisle.errors import InputError
 from aisle.train.core.added import added_weight
 from aisle.train.core.families import SUPPORTED, classifier_pooling, embedding_pooling, first_position, token_limit
+from aisle.train.core.head_rows import NAME as HEADS
+from aisle.train.core.head_rows import values_of
 
 Weights = dict[str, Tensor]  # by the names of the parameters in `encoder.Encoder`
 
@@ -305,18 +307,21 @@ def family_of(model: Any) -> Bert:
 
 
 def shape_of_model(model: Any) -> Shape:
-    """Return the sizes of a classifier of transformers, which may have rows of added categories.
+    """Return the sizes of a classifier of transformers, which may have rows of added categories and further heads.
 
     Raises:
         InputError: as `family_of`.
     """
-    return replace(family_of(model).shape(model), reads_below=added_weight(model) is not None)
+    below = added_weight(model) is not None
+    return replace(family_of(model).shape(model), reads_below=below, attributes=values_of(model))
 
 
 def weights_of_model(model: Any) -> Weights:
     """Return the weights of a classifier of transformers; queries are not scaled yet."""
-    added = added_weight(model)
-    return family_of(model).weights(model) | ({} if added is None else {"added.weight": added})
+    added, found = added_weight(model), family_of(model).weights(model)
+    if values_of(model):
+        found |= _copy("attributes", getattr(model, HEADS))
+    return found | ({} if added is None else {"added.weight": added})
 
 
 def distances(positions: int) -> Tensor:

@@ -47,7 +47,9 @@ def quantize(module: VarlenEncoder | PackedEncoder, largest: Ranges, skip: Seque
     module.eval()
 
 
-def sensitivity(model: Any, largest: Ranges, batches: Sequence[Packed]) -> list[tuple[str, float]]:
+def sensitivity(
+    model: Any, largest: Ranges, batches: Sequence[Packed], places: Sequence[slice] = ()
+) -> list[tuple[str, float]]:
     """Rank the layers by the divergence when only this layer is in fp8, largest first.
 
     The divergence is that of `quantize.sensitivity`, in nats per text.
@@ -57,6 +59,6 @@ def sensitivity(model: Any, largest: Ranges, batches: Sequence[Packed]) -> list[
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):
         graph.set_submodule(name, Fp8Linear.of(layer, HEADROOM * largest[name]))
-        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config))))
+        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config), places)))
         graph.set_submodule(name, layer)
     return sorted(losses, key=lambda each: -each[1])

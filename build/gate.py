@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.label_sets import Flags, indicators
 from aisle.train.core.decisions import Decisions
+from aisle.train.core.heads import Heads, spans
 from aisle.train.core.metrics import score, score_sets
 from aisle.train.core.multi_label import Thresholds
 
@@ -43,7 +44,12 @@ class Gate:
     def passes(self, row: dict[str, Any]) -> bool:
         """Return whether the measurements of `accuracy` meet the thresholds."""
         good = row["agreement"] >= self.agreement and row["f1_loss"] <= self.f1_loss
-        return bool(good and not row["not_finite"])
+        return bool(good and not row["not_finite"] and not self.failed_attributes(row))
+
+    def failed_attributes(self, row: dict[str, Any]) -> dict[str, float]:
+        """Return the attributes whose agreement is too low, and this agreement."""
+        found: dict[str, float] = row.get("attributes", {})
+        return {name: agreement for name, agreement in found.items() if not agreement >= self.agreement}
 
     def is_looser_than(self, other: Gate) -> bool:
         """Return whether either threshold is weaker than that of `other`."""
@@ -63,10 +69,11 @@ class HeldOut:
     tokens: Sequence[Sequence[int]]
     labels: Sequence[str]  # true categories or, if unknown, the checkpoint's own predictions
     names: Sequence[str]  # of the categories, in the order of the logits
-    expected: Logits  # [texts, categories]
+    expected: Logits  # [texts, categories and, after them, the values of each further head]
     seen_in_training: int = 0  # number of these texts that training saw; above 0 only for small tables
     decisions: Decisions | None = None  # of the checkpoint
     thresholds: Thresholds | None = None  # of a multi-label checkpoint, whose labels are sets of categories
+    heads: Heads = ()  # of the checkpoint
 
     def __post_init__(self) -> None:
         """Refuse a checkpoint whose own logits are NaN or infinite: nothing can be compared with it."""
@@ -76,24 +83,36 @@ class HeldOut:
             )
 
 
-def accuracy(logits: Logits, held_out: HeldOut) -> dict[str, float]:
+def accuracy(logits: Logits, held_out: HeldOut) -> dict[str, Any]:
     """Return agreement with the checkpoint, macro-F1 and its loss (shares from 0 to 1), and the largest |Δlogit|.
 
     `decision_agreement`, if the checkpoint has decisions, is the share of texts with the same decision; it is no gate.
 
-    For a multi-label model, see `_set_accuracy`.
+    For a multi-label model, see `_set_accuracy`. `attributes` are the agreements of further heads.
 
     A text with a logit that is not finite is counted in `not_finite` and never agrees. One such text fails the gate.
     """
     finite = np.isfinite(logits).all(axis=1)
     logits = np.where(finite[:, None], logits, 0)
     measure = _set_accuracy if held_out.thresholds else _category_accuracy
+    categories = slice(0, len(held_out.names))
+    own = replace(held_out, expected=held_out.expected[:, categories])
     return {
-        **measure(logits, finite, held_out),
+        **measure(logits[:, categories], finite, own),
+        **({"attributes": _attribute_agreement(logits, finite, held_out)} if held_out.heads else {}),
         "not_finite": int((~finite).sum()),
         "seen_in_training": held_out.seen_in_training,
         "largest_logit_error": float(np.abs(logits - held_out.expected)[finite].max(initial=0.0)),
     }
+
+
+def _attribute_agreement(logits: Logits, finite: Flags, held_out: HeldOut) -> dict[str, float]:
+    """Return the share of texts to which engine and checkpoint give the same value, for each attribute."""
+    found = {}
+    for head, place in zip(held_out.heads, spans(len(held_out.names), held_out.heads), strict=True):
+        same = held_out.expected[:, place].argmax(axis=1) == logits[:, place].argmax(axis=1)
+        found[head.name] = float((finite & same).mean())
+    return found
 
 
 def _category_accuracy(logits: Logits, finite: Flags, held_out: HeldOut) -> dict[str, float]:

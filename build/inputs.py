@@ -25,6 +25,7 @@ from aisle.preprocess.tables.table import column, read_rows
 from aisle.preprocess.values import TextError
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.families import token_limit
+from aisle.train.core.heads import spans
 from aisle.train.core.predict import logits_of
 from aisle.train.core.sample import LEAST, TEXTS, Sample, sample_of, topped_up
 
@@ -66,7 +67,7 @@ class BuildInputs:
         self.checkpoint = Checkpoint(checkpoint, max_tokens)
         self.labels = self.checkpoint.labels
         self.tokenizer = self.checkpoint.tokenizer
-        self.model: Any = self.checkpoint.model
+        self.model: Any = self.checkpoint.whole_model
         positions = token_limit(self.model.config)
         if self.tokenizer.max_tokens > positions:
             raise InputError(f"{checkpoint} has positions for only {positions} tokens; lower --max-tokens")
@@ -94,14 +95,21 @@ class BuildInputs:
         known = self.sample.held_out.labels
         labels = [known[i] for i in order] if known else self._own_answers(expected)
         own = self.checkpoint
-        return HeldOut(tokens, labels, self.labels, expected, self.seen_in_training, own.decisions, own.thresholds)
+        return HeldOut(
+            *(tokens, labels, self.labels, expected, self.seen_in_training, own.decisions, own.thresholds, own.heads)
+        )
 
     def _own_answers(self, logits: npt.NDArray[np.float32]) -> list[str]:
-        """Return the checkpoint's own labels of texts with these logits [texts, labels]."""
+        """Return the checkpoint's own labels of texts with these logits [texts, labels or more]."""
         thresholds = self.checkpoint.thresholds
         if thresholds:
             return [joined(names) for names in thresholds.named(thresholds.apply(logits).reached)]
-        return [self.labels[i] for i in logits.argmax(1)]
+        return [self.labels[i] for i in logits[:, : len(self.labels)].argmax(1)]
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """The logits of the categories, and those of each further head."""
+        return [slice(0, len(self.labels)), *spans(len(self.labels), self.checkpoint.heads)]
 
     @cached_property
     def validation(self) -> list[Packed]:
@@ -117,7 +125,7 @@ class BuildInputs:
         losses = {}
         for method, found in ranges.items():
             actual = quantize.logits(quantize.quantized(PackedEncoder(self.model), found), self.validation)
-            losses[method] = quantize.divergence(expected, actual, self.checkpoint.multi_label)
+            losses[method] = quantize.divergence(expected, actual, self.checkpoint.multi_label, self.places)
         best = min(losses, key=losses.__getitem__)
         say(f"calibration: {best} (divergence: {', '.join(f'{name} {loss:.2g}' for name, loss in losses.items())})")
         return ranges[best], losses

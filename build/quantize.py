@@ -115,31 +115,37 @@ def quantized(graph: PackedEncoder, ranges: Ranges, skip: Sequence[str] = ()) ->
     return graph.eval()
 
 
-def sensitivity(model: Any, ranges: Ranges, batches: Sequence[Packed]) -> list[tuple[str, float]]:
+def sensitivity(
+    model: Any, ranges: Ranges, batches: Sequence[Packed], places: Sequence[slice] = ()
+) -> list[tuple[str, float]]:
     """Rank the layers by the divergence when only this layer is quantized, largest first.
 
-    The divergence is the Kullback-Leibler divergence of the category probabilities from fp32, in nats per text.
+    It is the Kullback-Leibler divergence of the category probabilities from fp32, in nats per text; see `divergence`.
     """
     graph = PackedEncoder(model).eval()
     expected = logits(graph, batches)
     losses = []
     for name, layer in track(list(linears(graph).items()), "ranking layers"):
         graph.set_submodule(name, Int8Linear(layer, ranges[name]))
-        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config))))
+        losses.append((name, divergence(expected, logits(graph, batches), is_multi_label(model.config), places)))
         graph.set_submodule(name, layer)
     return sorted(losses, key=lambda each: -each[1])
 
 
-def divergence(expected: Tensor, actual: Tensor, multi_label: bool = False) -> float:
+def divergence(expected: Tensor, actual: Tensor, multi_label: bool = False, places: Sequence[slice] = ()) -> float:
     """Return the mean Kullback-Leibler divergence between the probabilities of logits [texts, labels], in nats.
 
     These are softmaxes; of a multi-label model, sigmoids. Logits that are not finite give `MAX_DIVERGENCE`.
+
+    Args:
+        places: the logits of the categories and of each further head, whose divergences are added; by default one part.
     """
     if multi_label:
         found = binary_divergence(expected, actual).mean().item()
     else:
-        log = F.log_softmax(actual, 1), F.log_softmax(expected, 1)
-        found = F.kl_div(*log, reduction="batchmean", log_target=True).item()
+        pairs = [(actual[:, place], expected[:, place]) for place in places or [slice(None)]]
+        logs = [(F.log_softmax(ours, 1), F.log_softmax(wanted, 1)) for ours, wanted in pairs]
+        found = sum(F.kl_div(*each, reduction="batchmean", log_target=True).item() for each in logs)
     return found if math.isfinite(found) else MAX_DIVERGENCE
 
 

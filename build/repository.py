@@ -193,8 +193,10 @@ def _check_gate(report: dict[str, Any], version: int) -> None:
     """
     gate = report["gate"]
     try:
-        passed = report["agreement"] >= gate["least_agreement"] and report["f1_loss"] <= gate["largest_f1_loss"]
-    except (KeyError, TypeError):
+        agreements = [report["agreement"], *report.get("attributes", {}).values()]
+        passed = all(each >= gate["least_agreement"] for each in agreements)
+        passed = passed and report["f1_loss"] <= gate["largest_f1_loss"]
+    except (KeyError, TypeError, AttributeError):
         passed = False
     if not passed:
         raise InputError(f"version {version} did not pass its gate; build it again")

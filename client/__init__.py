@@ -4,6 +4,7 @@ from aisle.client.aio import AsyncClassifier
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import (
     TLS,
+    Attribute,
     ClassifierError,
     Embedding,
     Failure,
@@ -18,6 +19,7 @@ from aisle.client.traffic import TrafficLog
 __all__ = [
     "TLS",
     "AsyncClassifier",
+    "Attribute",
     "Classifier",
     "ClassifierError",
     "Embedding",

@@ -74,10 +74,10 @@ class AsyncClassifier(Connection):
             await transport.channel.close()
 
     async def classify(
-        self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False
+        self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False, attributes: bool = False
     ) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order; see `Classifier.classify`."""
-        wanted = wire.wanted_categories(top_k, decisions)
+        wanted = wire.wanted_categories(top_k, decisions, attributes)
         return await self._ask(texts, lambda batch: self._classify_batch(batch, wanted))
 
     async def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
@@ -111,6 +111,7 @@ class AsyncClassifier(Connection):
         top_k: int | None = None,
         *,
         decisions: bool = False,
+        attributes: bool = False,
     ) -> AsyncGenerator[Prediction | Failure, None]:
         """Yield an answer for each text, in the same order; see `Classifier.stream`.
 
@@ -119,7 +120,7 @@ class AsyncClassifier(Connection):
         """
         wire.check_list(texts)
         wire.check_top_k(top_k)
-        return self._stream(texts, wire.wanted_categories(top_k, decisions))
+        return self._stream(texts, wire.wanted_categories(top_k, decisions, attributes))
 
     async def _stream(self, texts: Texts, wanted: wire.Wanted) -> AsyncGenerator[Prediction | Failure, None]:
         async def request(batch: list[Any]) -> list[Prediction | Failure]:
@@ -183,7 +184,7 @@ class AsyncClassifier(Connection):
 
     async def _classify_batch(self, texts: list[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
         raw = wire.to_utf8_list(texts)
-        answers = wire.predictions(await self._infer(raw, wanted, bulk))
+        answers = wire.predictions(await self._infer(raw, wanted, bulk), wanted)
         if self._log:
             self._log.record(wire.plain(raw), answers)
         return answers

@@ -50,7 +50,7 @@ class _Models:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
-        self._known, self.have_decisions, self.fields, self.multi_label = classifier.models(bulk=True)
+        self._known, self.have_decisions, self.fields, self.multi_label, self.attributes = classifier.models(bulk=True)
 
     def of(self, version: int) -> str:
         """Return the fingerprint of a version's model; empty if the server does not tell."""
@@ -69,6 +69,7 @@ def classify_file(
     *,
     decisions: bool | None = None,
     shard: Shard | None = None,
+    attributes: bool = False,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
@@ -86,6 +87,7 @@ def classify_file(
             them.
         shard: classify this share of the rows alone, and write its part file beside `out`. All shards together hold
             each row once, in order.
+        attributes: write each attribute of the model too, and its confidence.
 
     Raises:
         InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
@@ -100,11 +102,12 @@ def classify_file(
     part = shard.rows(total) if shard else range(total)
     models = _Models(classifier)
     check_fields(text_column, columns, models.fields)
-    wanted = Wanted(top_k, _wants_decisions(models, out) if decisions is None else decisions)
-    # Fails early if the server is unreachable, or has too few categories or no decisions.
-    classifier.probe(top_k, decisions=wanted.decisions, bulk=True)
+    decided = _wants_decisions(models, out) if decisions is None else decisions
+    wanted = Wanted(top_k, decided, attributes=attributes)
+    # Fails early if the server is unreachable, or has too few categories or not what is asked for.
+    classifier.probe(top_k, decisions=wanted.decisions, attributes=attributes, bulk=True)
     sets = models.multi_label and top_k is None
-    added = _set_types(kind) if sets else _added_types(wanted)
+    added = _set_types(kind) if sets else _added_types(wanted, models.attributes)
     names = _renames(columns, added)
     found: Counter[str] = Counter()
     try:
@@ -159,6 +162,8 @@ def _job(source: Path, text_column: str, wanted: Wanted, sets: bool, shard: Shar
         job["sets"] = True
     if wanted.decisions:
         job["decisions"] = True
+    if wanted.attributes:
+        job["attributes"] = True
     return job if reading() == Reading() else {**job, "reading": repr(reading())}
 
 
@@ -222,7 +227,8 @@ def _answers(
             faults.append(fault)
             yield text
 
-    for answer in classifier.stream(texts(), wanted.top_k, decisions=wanted.decisions):
+    stream = classifier.stream(texts(), wanted.top_k, decisions=wanted.decisions, attributes=wanted.attributes)
+    for answer in stream:
         yield faults.popleft() or answer
 
 
@@ -378,13 +384,19 @@ def _names(rank: int) -> tuple[str, str]:
     return ("category", "confidence") if rank == 1 else (f"category_{rank}", f"confidence_{rank}")
 
 
-def _added_types(wanted: Wanted) -> dict[str, type]:
-    """Return the added columns with their types."""
+def _added_types(wanted: Wanted, attributes: Sequence[str]) -> dict[str, type]:
+    """Return the added columns with their types.
+
+    Args:
+        attributes: that the model has.
+    """
     types: dict[str, type] = {}
     for rank in range(1, (wanted.top_k or 1) + 1):
         types |= dict(zip(_names(rank), (str, float), strict=True))
     if wanted.decisions:
         types |= {"decision": str, "decided": str}
+    for name in attributes if wanted.attributes else ():
+        types |= {name: str, f"{name}_confidence": float}
     return types | {"warning": str, "error": str}
 
 
@@ -411,6 +423,8 @@ def _answer_columns(answer: Prediction | Failure) -> Row:
         row.update(zip(_names(rank), pair, strict=True))
     if answer.decision is not None:
         row |= {"decision": answer.decision, "decided": answer.decided or None}
+    for name, (value, confidence) in (answer.attributes or {}).items():
+        row |= {name: value, f"{name}_confidence": confidence}
     many = answer.unknown >= MANY_UNKNOWN
     row["warning"] = f"the model does not know {answer.unknown:.0%} of this text" if many else None
     return row | {"error": None, "version": answer.version}

@@ -76,17 +76,21 @@ class Classifier(Connection):
         if transport := self._transports.pop(os.getpid(), None):
             transport.close()
 
-    def classify(self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False) -> list[Prediction]:
+    def classify(
+        self, texts: Iterable[Text], top_k: int | None = None, *, decisions: bool = False, attributes: bool = False
+    ) -> list[Prediction]:
         """Return the predictions for `texts`, in the same order. Long lists are sent as several concurrent requests.
 
         Args:
             top_k: the number of categories for each text, the most probable first. By default one; of a multi-label
                 model, those that reach their thresholds.
             decisions: also fill in `decision`, `decided`, `prediction_set` and `energy`.
+            attributes: also fill in `attributes`, of a model that was trained with `--also`.
 
         Raises:
-            TypeError: `texts` is a single string, a table or a mapping; or `decisions` is neither True nor False.
-            InvalidText: a text cannot be classified, `top_k` is out of range, or the model has no decisions. The
+            TypeError: `texts` is a single string, a table or a mapping; or `decisions` or `attributes` is neither True
+                nor False.
+            InvalidText: a text cannot be classified, `top_k` is out of range, or the model lacks what is asked for. The
                 message and `row` name the text's row in `texts`, counted from 0.
             Unavailable: no server answered.
             Overloaded: the server's queue is full. Only `stream` retries then.
@@ -94,7 +98,7 @@ class Classifier(Connection):
             ClassifierError: the server failed, or took longer than the timeout.
         """
         wire.check_list(texts)
-        return self._ask(texts, wire.wanted_categories(top_k, decisions), self._classify_batch)
+        return self._ask(texts, wire.wanted_categories(top_k, decisions, attributes), self._classify_batch)
 
     def embed(self, texts: Iterable[Text], *, size: int | None = None) -> npt.NDArray[np.float32]:
         """Return the embeddings [texts, size] of `texts`, each of length 1, in the same order.
@@ -145,7 +149,12 @@ class Classifier(Connection):
         return answers
 
     def stream(
-        self, texts: Iterable[Text | None], top_k: int | None = None, *, decisions: bool = False
+        self,
+        texts: Iterable[Text | None],
+        top_k: int | None = None,
+        *,
+        decisions: bool = False,
+        attributes: bool = False,
     ) -> Iterator[Prediction | Failure]:
         """Yield an answer for each text, in the same order and in constant memory.
 
@@ -153,27 +162,31 @@ class Classifier(Connection):
 
         Raises:
             TypeError: as `classify`, at the call itself.
-            InvalidText: `top_k` is out of range, or the model has no decisions.
+            InvalidText: `top_k` is out of range, or the model lacks what is asked for.
             Unavailable, Overloaded, ClassifierError: as `classify`, but after more retries. If a gateway refuses a
                 client over its limit, the request is sent again after the time that the gateway gives.
         """
         wire.check_list(texts)
         wire.check_top_k(top_k)
-        return self._stream(texts, wire.wanted_categories(top_k, decisions), self._classify_batch)
+        return self._stream(texts, wire.wanted_categories(top_k, decisions, attributes), self._classify_batch)
 
     def _stream(self, texts: Iterable[Text | None], wanted: wire.Wanted, request: Request) -> Iterator[Any]:
         each = partial(self._ask_each, request)
         for batch in self._pipeline(_chunks(texts, self._fetch_max_batch(bulk=True)), wanted, each):
             yield from batch
 
-    def probe(self, top_k: int | None = None, *, decisions: bool = False, bulk: bool = False) -> None:
+    def probe(
+        self, top_k: int | None = None, *, decisions: bool = False, attributes: bool = False, bulk: bool = False
+    ) -> None:
         """Classify one word, to check that the server answers and has at least `top_k` categories.
 
         Args:
             decisions: check that it has decisions too.
+            attributes: check that it has attributes too.
             bulk: wait as long as `stream` does.
         """
-        wire.predictions(self._infer([b"probe"], wire.wanted_categories(top_k, decisions), bulk))
+        wanted = wire.wanted_categories(top_k, decisions, attributes)
+        wire.predictions(self._infer([b"probe"], wanted, bulk), wanted)
 
     @property
     def max_batch(self) -> int:
@@ -229,7 +242,7 @@ class Classifier(Connection):
 
     def _classify_batch(self, texts: Sequence[Any], wanted: wire.Wanted, bulk: bool = False) -> list[Prediction]:
         raw = wire.to_utf8_list(texts)
-        answers = wire.predictions(self._infer(raw, wanted, bulk))
+        answers = wire.predictions(self._infer(raw, wanted, bulk), wanted)
         if self._log:
             self._log.record(wire.plain(raw), answers)
         return answers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -16,6 +17,7 @@ from aisle.errors import InputError, ServerError
 Text = str | bytes | Mapping[str, object]  # the last: the fields of a product, such as title and brand
 MODEL = "product_classifier"
 DECISIONS_MODEL = "product_decisions"  # the same, with decisions
+ATTRIBUTES_MODEL = "product_attributes"  # the same, with decisions and attributes
 EMBEDDINGS_MODEL = "product_embeddings"  # over the same encoder
 IN_FLIGHT = 4  # concurrent requests of one call: enough to keep the server's queue filled
 CALLS = 64  # concurrent requests of one asyncio client; others wait here and leave room in the server's queue
@@ -32,6 +34,13 @@ CHANNEL = [
     # Channels to one address share a connection by default. After a fork, the child would share its parent's.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+class Attribute(NamedTuple):
+    """What a further head of the model says of a text."""
+
+    value: str  # the most probable one
+    confidence: float  # its probability
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Prediction:
     decided: str | None = None  # the accepted category; its parent if only that is sure; otherwise ""
     prediction_set: tuple[str, ...] | None = None  # categories, one of which is correct at the fitted rate
     energy: float | None = None  # the higher, the less the text resembles those of known categories
+    # By name, such as the brand; None unless attributes were asked for.
+    attributes: Mapping[str, Attribute] | None = field(default=None, hash=False)
 
     @property
     def category(self) -> str:

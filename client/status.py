@@ -12,6 +12,7 @@ import grpc
 
 from aisle.client.address import proxy_hint
 from aisle.client.protocol import (
+    ATTRIBUTES_MODEL,
     DECISIONS_MODEL,
     EMBEDDINGS_MODEL,
     MODEL,
@@ -66,8 +67,9 @@ WRONG_SERVERS = (
         "the certificate of {url} is not trusted; name its authority (AISLE_TLS_CA, tls=)",
     ),
 )
-_ENSEMBLE = re.compile(rf"^in ensemble '(?:{MODEL}|{DECISIONS_MODEL}|{EMBEDDINGS_MODEL})(?:_v\d+)?', ")
-_NO_MODEL = re.compile(r"unknown model: 'product_(decisions|embeddings)' is not found")
+_MODELS = "|".join((MODEL, DECISIONS_MODEL, ATTRIBUTES_MODEL, EMBEDDINGS_MODEL))
+_ENSEMBLE = re.compile(rf"^in ensemble '(?:{_MODELS})(?:_v\d+)?', ")
+_NO_MODEL = re.compile(r"unknown model: 'product_(decisions|attributes|embeddings)' is not found")
 _NOT_LOADED = re.compile(r"version (\S+) is not (?:found|at ready state)")
 
 

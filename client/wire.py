@@ -15,10 +15,12 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
 from aisle.client.protocol import (
+    ATTRIBUTES_MODEL,
     DECISIONS_MODEL,
     EMBEDDINGS_MODEL,
     MISSING,
     MODEL,
+    Attribute,
     ClassifierError,
     Embedding,
     Failure,
@@ -37,6 +39,7 @@ Request: TypeAlias = Any  # service_pb2.ModelInferRequest, which has no types
 SHORT = 200  # bytes; only shorter answers can lack outputs
 _SIZE = struct.Struct("<I")  # the length of a string, before its bytes
 _ABOUT_REQUEST = ("top_k", "size", "this version has no")  # starts of refusals that are not about a text
+NO_DECISIONS = "this version has no decisions; ask for its attributes alone, or fit decisions with aisle decide"
 _ROW = re.compile(r"row (\d+): ")
 
 
@@ -47,6 +50,7 @@ class Models(NamedTuple):
     has_decisions: bool  # whether all of them have decisions
     fields: tuple[str, ...] | None = ()  # that all of them read; empty if they read one text, None if they differ
     multi_label: bool = False  # whether one of them gives a text several categories
+    attributes: tuple[str, ...] = ()  # of any of them
 
 
 class Fields(bytes):
@@ -60,24 +64,28 @@ class Wanted(NamedTuple):
     decisions: bool = False
     embedding: bool = False  # instead of categories
     size: int | None = None  # numbers of an embedding; None: all that the model gives
+    attributes: bool = False
 
     @property
     def model(self) -> str:
         """The model of the server that gives it."""
         if self.embedding:
             return EMBEDDINGS_MODEL
+        if self.attributes:
+            return ATTRIBUTES_MODEL
         return DECISIONS_MODEL if self.decisions else MODEL
 
 
-def wanted_categories(top_k: int | None, decisions: bool) -> Wanted:
+def wanted_categories(top_k: int | None, decisions: bool, attributes: bool = False) -> Wanted:
     """Return the wish for categories.
 
     Raises:
-        TypeError: `decisions` is neither true nor false, such as "no", which Python takes for true.
+        TypeError: `decisions` or `attributes` is neither true nor false, such as "no", which Python takes for true.
     """
-    if decisions not in (True, False):
-        raise TypeError(f"decisions must be True or False; got {decisions!r}")
-    return Wanted(top_k, bool(decisions))
+    for name, value in (("decisions", decisions), ("attributes", attributes)):
+        if value not in (True, False):
+            raise TypeError(f"{name} must be True or False; got {value!r}")
+    return Wanted(top_k, bool(decisions), attributes=bool(attributes))
 
 
 def wanted_embedding(size: int | None) -> Wanted:
@@ -296,8 +304,8 @@ def check_one_version(versions: Set[int]) -> None:
         raise ClassifierError("", f"versions {named} answered; their embeddings cannot be compared: embed again")
 
 
-def predictions(message: bytes) -> list[Prediction]:
-    """Read `category` and `confidence`, both [n, k], `unknown` [n, 1], the decisions, and the version that answered.
+def predictions(message: bytes, wanted: Wanted) -> list[Prediction]:
+    """Read `category` and `confidence`, both [n, k], `unknown` [n, 1], what else is wanted, and the version.
 
     Empty names fill up the rows of texts to which a multi-label model gives fewer categories.
 
@@ -305,10 +313,13 @@ def predictions(message: bytes) -> list[Prediction]:
 
     Raises:
         ClassifierError: the answer has another form.
+        InvalidText: the version has no decisions.
     """
     answer = service_pb2.ModelInferResponse.FromString(message)
     shapes = {output.name: output.shape for output in answer.outputs}
     raw = dict(zip(shapes, answer.raw_output_contents, strict=False))
+    if wanted.decisions and raw.get("decision", b"").startswith(_SIZE.pack(0)):
+        raise InvalidText(NO_DECISIONS)  # which the server does not refuse if attributes are asked for too
     try:
         rows, k = shapes["category"]
         names = _strings(raw["category"])
@@ -320,7 +331,9 @@ def predictions(message: bytes) -> list[Prediction]:
             Prediction(*_given(names[i : i + k], values[i : i + k]), version, share)
             for i, share in zip(starts, shares, strict=True)
         ]
-        return _with_decisions(found, raw, shapes["prediction_set"][1]) if "decision" in raw else found
+        if wanted.decisions:
+            found = _with_decisions(found, raw, shapes["prediction_set"][1])
+        return _with_attributes(found, raw, shapes["attribute"][1]) if wanted.attributes else found
     except (KeyError, ValueError, struct.error):
         raise ClassifierError("", f"the server's model {MODEL} is not from Aisle: it gave no category [n, k]") from None
 
@@ -350,6 +363,16 @@ def _with_decisions(found: list[Prediction], raw: Mapping[str, bytes], width: in
     ]
 
 
+def _with_attributes(found: list[Prediction], raw: Mapping[str, bytes], heads: int) -> list[Prediction]:
+    """Add `attribute`, `attribute_value` and `attribute_confidence`, each [n, heads]."""
+    names, values = _strings(raw["attribute"]), _strings(raw["attribute_value"])
+    pairs = map(Attribute, values, struct.unpack(f"<{len(found) * heads}f", raw["attribute_confidence"]))
+    named = list(zip(names, pairs, strict=True))
+    return [
+        replace(prediction, attributes=dict(named[i * heads : (i + 1) * heads])) for i, prediction in enumerate(found)
+    ]
+
+
 def _strings(raw: bytes) -> list[str]:
     found, place, end = [], 0, len(raw)
     while place < end:
@@ -370,7 +393,10 @@ def models(message: bytes) -> Models:
     read = {tuple(json.loads(fields.get(version, "[]"))) for version in found}
     decide = bool(found) and found.keys() == _by_version(message, "decisions").keys()
     multi_label = bool(_by_version(message, "multi_label"))
-    return Models(found, decide, next(iter(read), ()) if len(read) < 2 else None, multi_label)
+    attributes = dict.fromkeys(
+        name for names in _by_version(message, "attributes").values() for name in json.loads(names)
+    )
+    return Models(found, decide, next(iter(read), ()) if len(read) < 2 else None, multi_label, tuple(attributes))
 
 
 def category_counts(message: bytes) -> dict[int, int]:

@@ -268,7 +268,9 @@ def mutate(draw: st.DrawFn, request: Message) -> None:
 
 
 FRAME = ["contents", "shape", "type", "name", "drop", "again", "output", "target", "parameter"]
-MODELS = ("product_classifier", "product_decisions", "product_embeddings", "tokenizer", "encoder")
+MODELS = (
+    *("product_classifier", "product_decisions", "product_attributes", "product_embeddings", "tokenizer", "encoder"),
+)
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 

@@ -80,7 +80,9 @@ def test_another_model_is_fine_tuned_and_distilled_into_itself(table: Path, tmp_
     assert vocabularies[0] == vocabularies[1]
 
 
-@pytest.mark.parametrize("option", [("--multi-label",), ("--contrastive", "brand"), ("--mixup", "1"), ("--folds", "3")])
+@pytest.mark.parametrize(
+    "option", [("--multi-label",), ("--contrastive", "brand"), ("--mixup", "1"), ("--folds", "3"), ("--also", "a")]
+)
 def test_what_a_student_does_not_learn_is_refused(option: tuple[str, ...], table: Path, tmp_path: Path) -> None:
     done = aisle("train", table, "-o", tmp_path / "out", "--recipe", "best", *option)
     assert (done.returncode, done.stderr) == (2, f"aisle: {option[0]}: does not go with --recipe best\n")

@@ -92,7 +92,7 @@ class TwoVersions:
         self.asked += 1
         return {version: len(labels) for version, labels in self.labels.items()}
 
-    async def classify(self, texts: list[str], top_k: int, *, decisions: bool) -> list[Prediction]:
+    async def classify(self, texts: list[str], top_k: int, *, decisions: bool, attributes: bool) -> list[Prediction]:
         version = 2 if "canary" in texts[0] else 1
         labels = self.labels[version]
         if top_k > len(labels):

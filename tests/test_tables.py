@@ -56,14 +56,14 @@ class Answering:
         self.version, self.category, self.model = version, category, model
         self.asked: list[Any] = []
 
-    def probe(self, top_k: int = 1, *, decisions: bool = False, bulk: bool = False) -> None:
+    def probe(self, top_k: int = 1, *, decisions: bool = False, attributes: bool = False, bulk: bool = False) -> None:
         pass
 
     def models(self, *, bulk: bool = False) -> Models:
         return Models({self.version: self.model} if self.model else {}, has_decisions=False)
 
     def stream(
-        self, texts: Iterable[Any], top_k: int = 1, *, decisions: bool = False
+        self, texts: Iterable[Any], top_k: int = 1, *, decisions: bool = False, attributes: bool = False
     ) -> Iterator[Prediction | Failure]:
         for text in texts:
             self.asked.append(text)

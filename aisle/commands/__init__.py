@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,6 +131,13 @@ def show_metrics(result: dict[str, Any]) -> None:
         "exact_match": "all categories right",
     }
     show(", ".join(f"{title} {result[name]:.4f}" for name, title in names.items()) + f", {result['seconds']} s")
+
+
+def show_attributes(attributes: Mapping[str, Any]) -> None:
+    """Show the scores of further heads."""
+    for name, found in attributes.items():
+        scores = f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}, " if found else ""
+        show(f"{name}: {scores}{found['rows'] if found else 'no'} texts with a value")
 
 
 def other_columns(text_column: str, label_column: str = "category") -> list[str]:

@@ -146,5 +146,7 @@ def _show_build(result: dict[str, Any], checkpoint: Path, repository: Path) -> N
         texts = f"{result['held_out_texts']} held-out texts"
         micro = f"micro-F1 {result['micro_f1']:.4f}, " if "micro_f1" in result else ""
         say(f"agreement {result['agreement']:.2%}, {micro}macro-F1 {result['macro_f1']:.4f} on {texts}")
+        for name, agreement in result.get("attributes", {}).items():
+            say(f"{name}: agreement {agreement:.2%}")
         if result["gate"]["loosened"]:
             say("its gate was loosened")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from aisle.commands import (
     data_argument,
     other_columns,
     report,
+    show_attributes,
     show_metrics,
     show_rows,
 )
@@ -38,7 +40,7 @@ app = Stage()
 SCRATCH_ONLY = ("layers", "hidden_size")
 RECIPES = ("plain", "best")
 # What a student does not learn, and what a run of several steps does not have.
-OF_PLAIN = ("multi_label", "contrastive", "mixup", "folds")
+OF_PLAIN = ("multi_label", "contrastive", "mixup", "folds", "also")
 OF_DECISIONS = ("accept_precision", "set_error", "unknown_share")
 OF_PRETRAINING = (
     *("model", "layers", "hidden_size", "epochs", "batch_size", "learning_rate", "max_tokens", "accumulate", "seed"),
@@ -70,6 +72,9 @@ def train(
     fold_labels: FoldLabels = False,
     label_map: LabelMap = None,
     min_rows: MinRows = 0,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="A further column to learn, such as a brand; repeatable.")
+    ] = None,
     multi_label: Annotated[
         bool, typer.Option(help="A text has several categories: A|B in a cell, or a list in JSON and Parquet.")
     ] = False,
@@ -87,7 +92,9 @@ def train(
         refuse(ctx, *OF_PLAIN, because="does not go with --recipe best")
         from aisle.train.fit.recipe import train_best as run
     else:
-        from aisle.train.fit.train import train as run
+        from aisle.train.fit.train import train
+
+        run = partial(train, also=also or ())
 
     with resumable():
         result = run(
@@ -201,6 +208,7 @@ def _show_training(result: dict[str, Any]) -> None:
         mean, deviation = result["cross_validation"]["mean"], result["cross_validation"]["deviation"]
         spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
         show(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
+    show_attributes(result.get("attributes", {}))
     if "search" in result:
         found = result["search"]
         show(

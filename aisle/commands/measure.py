@@ -19,6 +19,7 @@ from aisle.commands import (
     check_columns,
     precisions,
     report,
+    show_attributes,
     show_metrics,
     show_rows,
 )
@@ -215,6 +216,7 @@ def _show_evaluation(result: dict[str, Any]) -> None:
             show(f"{point['wanted']:.0%} accuracy on {answered}")
     if result["decisions"]:
         _show_decisions(result["decisions"])
+    show_attributes(result.get("attributes", {}))
     for each in result.get("baselines", ()):
         show(f"{each['name']}: accuracy {each['accuracy']:.4f}, macro-F1 {each['macro_f1']:.4f}")
 

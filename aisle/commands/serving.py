@@ -255,6 +255,9 @@ def classify(
             show_default="on if the model has decisions",
         ),
     ] = None,
+    also: Annotated[
+        bool, typer.Option("--also/--no-also", help="Add each attribute that the model knows, and its confidence.")
+    ] = False,
     text_column: TextColumn = "text",
     timeout: Timeout = 10.0,
     log: Annotated[
@@ -293,6 +296,7 @@ def classify(
                     lambda rows, n: track(rows, "classifying", n),
                     decisions=decisions,
                     shard=share,
+                    attributes=also,
                 )
             written = Path(result["output"])
             report(result, as_json, lambda _: None, _after_file(result, written, text_column))
@@ -301,7 +305,7 @@ def classify(
             return
         if decisions is None:
             decisions = classifier.has_decisions()
-        answers = classifier.classify(what, top_k, decisions=decisions)
+        answers = classifier.classify(what, top_k, decisions=decisions, attributes=also)
     rows = [_row(text, answer) for text, answer in zip(what, answers, strict=True)]
     report({"predictions": rows}, as_json, _show_predictions)
 
@@ -401,7 +405,9 @@ def _show_similarity(texts: list[str], cosine: Any) -> None:
 
 
 def _row(text: str, answer: Prediction) -> dict[str, Any]:
-    row = {"text": text, "categories": answer.categories, "confidences": answer.confidences}
+    row: dict[str, Any] = {"text": text, "categories": answer.categories, "confidences": answer.confidences}
+    if answer.attributes is not None:
+        row["attributes"] = {name: each._asdict() for name, each in answer.attributes.items()}
     if answer.decision is None:
         return row
     return {**row, "decision": answer.decision, "decided": answer.decided, "prediction_set": answer.prediction_set}
@@ -495,13 +501,17 @@ def is_file(text: str) -> bool:
 
 def _show_predictions(result: dict[str, Any]) -> None:
     decided = "decision" in result["predictions"][0]
-    table = new_table("text", "category", "confidence", *(("decision", "decided") if decided else ()))
+    attributes = list(result["predictions"][0].get("attributes", ()))
+    table = new_table("text", "category", "confidence", *(("decision", "decided") if decided else ()), *attributes)
     for row in result["predictions"]:
         if not row["categories"]:
             table.add_row(cell(row["text"]), "none reaches its threshold", "")
-        decision = [cell(row["decision"]), cell(row["decided"] or None)] if decided else []
+        further = [cell(row["decision"]), cell(row["decided"] or None)] if decided else []
+        for name in attributes:
+            each = row["attributes"].get(name)  # during a canary, another version may answer
+            further.append(cell(each and f"{each['value']} ({each['confidence']:.4f})"))
         for rank, (category, confidence) in enumerate(zip(row["categories"], row["confidences"], strict=True)):
-            first = [cell(row["text"]), *decision] if not rank else [cell("")] * (1 + len(decision))
+            first = [cell(row["text"]), *further] if not rank else [cell("")] * (1 + len(further))
             table.add_row(first[0], cell(category), f"{confidence:.4f}", *first[1:])
     stdout.print(table)
 

@@ -7,7 +7,7 @@
 -- This code parses only the necessary part of protobuf's encoding, and refuses what it cannot parse.
 
 local INFER = "/inference.GRPCInferenceService/ModelInfer"
-local MODELS = { product_classifier = true, product_decisions = true }
+local MODELS = { product_classifier = true, product_decisions = true, product_attributes = true }
 -- Field numbers of ModelInferRequest, of its inputs and of its outputs.
 local MODEL_NAME, INPUTS, OUTPUTS, RAW = 1, 5, 6, 7
 local DATATYPE, INPUT_PARAMETERS, OUTPUT_PARAMETERS = 2, 4, 2
@@ -93,7 +93,7 @@ function envoy_on_request(handle)
       [":status"] = "200",
       ["content-type"] = "application/grpc",
       ["grpc-status"] = "3", -- INVALID_ARGUMENT
-      ["grpc-message"] = "call product_classifier or product_decisions, uncompressed, with complete strings and without tensor parameters",
+      ["grpc-message"] = "call product_classifier, product_decisions or product_attributes, uncompressed, with complete strings and without tensor parameters",
     }, "")
   end
 end

@@ -11,12 +11,14 @@ from starlette.responses import Response
 
 import aisle
 from aisle.client import ClassifierError, InvalidText
+from aisle.client.wire import Wanted
 from aisle.deploy.rest import tei
 from aisle.deploy.rest.access import WHY
 from aisle.deploy.rest.bodies import NDJSON, check_query, check_type, read_json
 from aisle.deploy.rest.errors import VALIDATION, Fault, fault_of, fault_of_bug, json_response
 from aisle.deploy.rest.front import Front, Upstream, classify
 from aisle.deploy.rest.models import (
+    ATTRIBUTES,
     DECISIONS,
     TOP_K,
     ClassifyRequest,
@@ -47,6 +49,7 @@ QUERY = [
         "schema": {"type": "integer", "minimum": 1},
     },
     {"name": "decisions", "in": "query", "description": DECISIONS, "schema": {"type": "boolean", "default": False}},
+    {"name": "attributes", "in": "query", "description": ATTRIBUTES, "schema": {"type": "boolean", "default": False}},
 ]
 
 
@@ -88,7 +91,8 @@ def _add_classify(app: FastAPI, front: Front) -> None:
         with front.requests.one():
             client = front.client(request)
             body = checked(ClassifyRequest, await read_json(request))
-            found = await classify(client, request, body.texts, body.top_k, decisions=body.decisions)
+            wanted = Wanted(body.top_k, body.decisions, attributes=body.attributes)
+            found = await classify(client, request, body.texts, wanted)
         return json_response({"predictions": [answer_of(each) for each in found]})
 
     answers = faults({200: {"content": {NDJSON: {"schema": {"type": "string"}}}}})
@@ -102,7 +106,7 @@ def _add_classify(app: FastAPI, front: Front) -> None:
         response_class=Response,
     )
     async def classify_lines(request: Request) -> Response:
-        check_query(request, "top_k", "decisions")
+        check_query(request, "top_k", "decisions", "attributes")
         check_type(request, NDJSON)
         client, bulk = front.client(request), front.client(request, bulk=True)
         return AnswerStream(request, client, bulk, wanted_of(request), front.streams)

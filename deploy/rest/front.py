@@ -12,7 +12,7 @@ from starlette.requests import Request
 from aisle.client import TLS, AsyncClassifier, ClassifierError, InvalidText, Overloaded, Prediction
 from aisle.client.protocol import CALLS, IN_FLIGHT
 from aisle.client.tracing import continued
-from aisle.client.wire import with_row
+from aisle.client.wire import Wanted, with_row
 from aisle.deploy.rest.access import CLIENT
 from aisle.deploy.rest.bodies import token_of
 from aisle.deploy.rest.errors import UNHEALTHY, Fault, overloaded
@@ -108,9 +108,7 @@ class Front:
         return answer.version
 
 
-async def classify(
-    client: AsyncClassifier, request: Request, texts: list[object], top_k: int | None, *, decisions: bool = False
-) -> list[Prediction]:
+async def classify(client: AsyncClassifier, request: Request, texts: list[object], wanted: Wanted) -> list[Prediction]:
     """Classify the texts of one request, as one request to the server, in the caller's trace.
 
     Raises:
@@ -123,6 +121,11 @@ async def classify(
         raise Fault(413, message)
     with continued(request.headers):
         try:
-            return await client.classify(texts, top_k, decisions=decisions)  # type: ignore[arg-type]
+            return await client.classify(
+                texts,  # type: ignore[arg-type]
+                wanted.top_k,
+                decisions=wanted.decisions,
+                attributes=wanted.attributes,
+            )
         except InvalidText as error:
             raise with_row(error, 0) from None

@@ -14,6 +14,7 @@ EXAMPLE: dict[str, Any] = {"texts": ["红富士苹果 5斤装", "usb c cable 2m"
 # What may stand for a text; `aisle.preprocess.values` decides. OpenAPI does not see this from `Any`.
 TEXT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "number"}]}
 DECISIONS = "Also answer what to do with each text: accept, review or unknown. 422 if the model has no decisions."
+ATTRIBUTES = "Also answer the attributes, such as the brand, of a model with further heads. 422 if it has none."
 TOP_K = (
     "Number of categories for each text, from 1 to the model's number of categories. Without it, a model gives one "
     "category; a multi-label model gives those that reach their thresholds, which may be none."
@@ -35,6 +36,14 @@ class ClassifyRequest(BaseModel):
     # The server checks its range.
     top_k: Annotated[StrictInt | None, Field(description=TOP_K, json_schema_extra={"minimum": 1})] = None
     decisions: Annotated[StrictBool, Field(description=DECISIONS)] = False
+    attributes: Annotated[StrictBool, Field(description=ATTRIBUTES)] = False
+
+
+class AttributeValue(BaseModel):
+    """What a further head of the model says of a text."""
+
+    value: str
+    confidence: float
 
 
 class Answer(BaseModel):
@@ -47,6 +56,8 @@ class Answer(BaseModel):
     confidences: list[float]
     version: Annotated[int, Field(description="The version of the model that answered.")]
     unknown: Annotated[float, Field(description="Share of the text's tokens that the model does not know.")]
+    # Not in the answer unless they were asked for.
+    attributes: Annotated[dict[str, AttributeValue] | None, Field(description="By name, such as the brand.")] = None
 
 
 class Decided(Answer):
@@ -63,7 +74,10 @@ class Decided(Answer):
 def answer_of(prediction: Prediction) -> dict[str, Any]:
     """Return the fields of `Answer`, or those of `Decided` if decisions were asked for."""
     fields = ANSWER if prediction.decision is None else DECIDED
-    return {name: getattr(prediction, name) for name in fields}
+    answer = {name: getattr(prediction, name) for name in fields if name != "attributes"}
+    if prediction.attributes is not None:
+        answer["attributes"] = {name: each._asdict() for name, each in prediction.attributes.items()}
+    return answer
 
 
 ANSWER, DECIDED = tuple(Answer.model_fields), tuple(Decided.model_fields)

@@ -49,8 +49,11 @@ class AnswerStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._streams.one(), continued(self._request.headers):
             # The status can tell only what is known before the first line: no server, no token, too few categories, no
-            # decisions.
-            await self._client.classify(["probe"], self._wanted.top_k, decisions=self._wanted.decisions)
+            # decisions or attributes.
+            wanted = self._wanted
+            await self._client.classify(
+                ["probe"], wanted.top_k, decisions=wanted.decisions, attributes=wanted.attributes
+            )
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             lines = Lines(receive)
             work = asyncio.create_task(self._answer(lines, scope, send))
@@ -68,7 +71,8 @@ class AnswerStream(Response):
     async def _answer(self, lines: Lines, scope: Scope, send: Send) -> None:
         try:
             wanted = self._wanted
-            async with aclosing(self._bulk.stream(lines, wanted.top_k, decisions=wanted.decisions)) as answers:
+            stream = self._bulk.stream(lines, wanted.top_k, decisions=wanted.decisions, attributes=wanted.attributes)
+            async with aclosing(stream) as answers:
                 number, waiting = 0, []
                 async for answer in answers:
                     waiting.append(_line(lines.faults.pop(number, answer)))
@@ -174,7 +178,7 @@ async def _send(send: Send, body: bytes, *, more: bool) -> None:
 
 
 def wanted_of(request: Request) -> Wanted:
-    """Return what the query asks for: `top_k`, whose range the server checks, and `decisions`.
+    """Return what the query asks for: `top_k`, whose range the server checks, `decisions` and `attributes`.
 
     Raises:
         Fault: 422, one of them has another form.
@@ -182,7 +186,8 @@ def wanted_of(request: Request) -> Wanted:
     top_k = request.query_params.get("top_k")
     if top_k is not None and not re.fullmatch(r"-?[0-9]{1,10}", top_k):
         raise Fault(422, "top_k must be a whole number from 1 to the number of categories")
-    decisions = request.query_params.get("decisions", "false")
-    if decisions not in ("true", "false"):
-        raise Fault(422, "decisions must be true or false")
-    return Wanted(None if top_k is None else int(top_k), decisions == "true")
+    further = {name: request.query_params.get(name, "false") for name in ("decisions", "attributes")}
+    if wrong := next((name for name, value in further.items() if value not in ("true", "false")), None):
+        raise Fault(422, f"{wrong} must be true or false")
+    decisions, attributes = (value == "true" for value in further.values())
+    return Wanted(None if top_k is None else int(top_k), decisions, attributes=attributes)

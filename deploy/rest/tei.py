@@ -11,6 +11,7 @@ from starlette.responses import Response
 import aisle
 from aisle.client import AsyncClassifier, InvalidText, Prediction
 from aisle.client.protocol import MODEL
+from aisle.client.wire import Wanted
 from aisle.deploy.rest.bodies import check_query, read_json
 from aisle.deploy.rest.errors import BACKEND, UNHEALTHY, Fault, json_response
 from aisle.deploy.rest.front import REQUESTS, Front, classify
@@ -173,7 +174,7 @@ async def _complete(
     """
     for k in sorted({*counts.values()}, reverse=True):
         try:
-            answers = await classify(client, request, texts, k)
+            answers = await classify(client, request, texts, Wanted(k))
         except InvalidText as error:
             if not str(error).startswith("top_k"):
                 raise

@@ -16,6 +16,7 @@ from aisle.console import say, track
 from aisle.deploy.server.release import POLL_SECONDS, RELEASE, TRIAL_SECONDS, Release, Status, Watch
 from aisle.errors import InputError, ServerError
 from aisle.train.core import decisions, multi_label
+from aisle.train.core.heads import load_heads
 
 FOLLOW_SECONDS = 600.0  # time limit for all servers to load the new version
 EXTRA_SECONDS = 30.0  # a trial with too few requests continues for this time
@@ -62,6 +63,7 @@ def _deploy(repository: Path, version: int, trial: Trial) -> dict[str, Any]:
             _follow(watch, steady, "ending the trial")
         return {**result, "previous": release.previous, "changed": False}
     _warn_of_lost_decisions(repository, release.live, version)
+    _warn_of_lost_attributes(repository, release.live, version)
     _check_trial(repository, release.live, version, trial)
     try:
         release = _follow(watch, replace(steady, candidate=version), "loading")
@@ -90,6 +92,14 @@ def _warn_of_lost_decisions(repository: Path, old: int, new: int) -> None:
         say(
             f"version {new} has no decisions, unlike version {old}, and will refuse requests for them; see aisle decide"
         )
+
+
+def _warn_of_lost_attributes(repository: Path, old: int, new: int) -> None:
+    """Say which attributes only the old version has."""
+    had, has = ({head.name for head in load_heads(repository / "encoder" / str(version))} for version in (old, new))
+    if lost := sorted(had - has):
+        refuses = ", and will refuse requests for attributes" if not has else ""
+        say(f"version {new} has no attribute {', '.join(lost)}, unlike version {old}{refuses}; see aisle train --also")
 
 
 def _check_trial(repository: Path, old: int, new: int, trial: Trial) -> None:

@@ -20,10 +20,11 @@ from aisle.deploy.server.instances import Tokenizers, cores, encoders, gpus, wit
 from aisle.deploy.server.release import Release
 from aisle.errors import InputError
 from aisle.preprocess import fields
-from aisle.train.core import decisions, multi_label
+from aisle.train.core import decisions, heads, multi_label
 
 ENSEMBLE = "product_classifier"
-ROUTED = (ENSEMBLE, "product_decisions")  # over the same steps; the second one also returns decisions
+# Over the same steps; the second one also returns decisions, and the third one also attributes.
+ROUTED = (ENSEMBLE, "product_decisions", "product_attributes")
 ENSEMBLES = (*ROUTED, "product_embeddings")  # the last one always runs the live version
 ROUTER = Path(__file__).parents[1] / "serving" / "router.py"
 
@@ -89,6 +90,7 @@ class ServedRepository:
             f"categories_{version}": str(len(json.loads(files["labels.json"].read_text("utf-8")))),
             **({f"decisions_{version}": "1"} if decisions.FILE in files else {}),
             **({f"multi_label_{version}": "1"} if multi_label.FILE in files else {}),
+            **({f"attributes_{version}": _attributes(files[heads.FILE])} if heads.FILE in files else {}),
             **({f"fields_{version}": files[fields.FILE].read_text("utf-8")} if fields.FILE in files else {}),
         }
         for model in PYTHON_MODELS:
@@ -208,6 +210,11 @@ class ServedRepository:
         beside = self.folder / model / ".config"
         beside.write_text(config, "utf-8")
         beside.replace(self.folder / model / "config.pbtxt")
+
+
+def _attributes(file: Path) -> str:
+    """Return the names of a version's attributes as JSON."""
+    return json.dumps([head.name for head in heads.load_heads(file.parent)], ensure_ascii=False)
 
 
 def _parameters(values: dict[str, str]) -> list[str]:

@@ -61,6 +61,13 @@ class Decider:
         }
 
 
+def no_decisions(texts: int) -> Tensors:
+    """Return the outputs of a version without decisions: empty strings, and NaN."""
+    empty = np.full((texts, 1), b"", np.object_)
+    energy = np.full((texts, 1), np.nan, np.float32)
+    return {"decision": empty, "decided": empty, "prediction_set": empty, "energy": energy}
+
+
 def count_outcomes(entries: Sequence[bytes]) -> dict[str, int]:
     """Return how often each decision occurs."""
     counts = Counter(_heads(entries)["outcome"].tolist())

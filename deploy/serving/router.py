@@ -1,4 +1,4 @@
-"""Triton's `product_classifier` and `product_decisions` during a trial.
+"""Triton's `product_classifier`, `product_decisions` and `product_attributes` during a trial.
 
 Each request is routed to the live version or to the candidate.
 

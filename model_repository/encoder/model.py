@@ -1,6 +1,6 @@
 """Triton's `encoder`: maps `input_ids` [n, longest], `lengths` [n, 1], `top_k` to `category`, `confidence` [n, k].
 
-And to decisions or embeddings, for requests that name their outputs.
+And to decisions, attributes or embeddings, for requests that name their outputs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import triton_python_backend_utils as pb_utils
 
 from aisle.build.engine import load_engine
 from aisle.build.repository import gate_state, read_report
+from aisle.deploy.serving import attributes
 from aisle.deploy.serving.answers import Labels, pairs_of
+from aisle.deploy.serving.attributes import Attributes
 from aisle.deploy.serving.batcher import Answer, Batcher, QueuedRequest, is_bulk
 from aisle.deploy.serving.cache import DECIDED, PLAIN, REACHED, AnswerCache, Kind, keys_of, read_rows, rows_of
 from aisle.deploy.serving.deadlines import CallerClocks
-from aisle.deploy.serving.decider import MISSING, OUTPUTS, Decider, Tensors, count_outcomes
+from aisle.deploy.serving.decider import MISSING, OUTPUTS, Decider, Tensors, count_outcomes, no_decisions
 from aisle.deploy.serving.lost_gpu import end_if_lost
 from aisle.deploy.serving.metrics import Metrics
 from aisle.deploy.serving.ranking import ALL_REACHED, MultiLabelRanking, reached_pairs, read_reached
@@ -61,6 +63,7 @@ class Call:
     with_logits: bool
     with_embeddings: bool
     with_decisions: bool
+    with_attributes: bool
     keys: list[bytes]  # cache keys of its texts; empty if the cache is off and no decisions are wanted
     known: dict[bytes, bytes]  # the keys that are in the cache, with their entries
     missing: list[bytes]  # the other keys, without repetition: the engine computes these texts
@@ -80,7 +83,7 @@ class Ranked:
     unknown: Any  # [texts, 1], from the tokenizer; None if the request has none
     logits: Any  # [texts, labels]; None unless requested
     embedding: Any  # [texts, size], each of length 1; None unless requested
-    decisions: Tensors  # empty unless requested
+    further: Tensors  # decisions and attributes; empty unless requested
 
 
 class TritonPythonModel:
@@ -88,7 +91,9 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         self.engine = load_engine(folder, args["model_instance_device_id"])
         spec = self.engine.spec
-        self.labels = Labels.load(folder, spec.labels)
+        self.attributes = Attributes.load(folder)
+        self.categories = spec.labels - self.attributes.width
+        self.labels = Labels.load(folder, self.categories)
         decisions = Decisions.load(folder, self.labels.names)
         self.decider = Decider(decisions, self.labels) if decisions else None
         self.multi_label = MultiLabelRanking.load(folder, self.labels)
@@ -178,9 +183,11 @@ class TritonPythonModel:
         embedded = self.asks_for(request, {"embedding"}, self.engine.spec.embedding, NO_EMBEDDINGS)
         top_k = ALL_REACHED if self.multi_label and top_ks is None else self.labels.top_k(top_ks)
         unknown = optional(request, "unknown_tokens")
-        decided = self.asks_for(request, OUTPUTS, self.decider, MISSING)
-        found = self.look_up(tokens, lengths, top_k, wanted or embedded, kind_of(top_k, decided))
-        call = Call(request, top_k, unknown, wanted, embedded, decided, *found)
+        attributed = self.asks_for(request, attributes.OUTPUTS, self.attributes, attributes.MISSING)
+        # The ensemble of attributes has the decisions too; of a version without these they are empty.
+        decided = self.asks_for(request, OUTPUTS, self.decider or attributed, MISSING) and bool(self.decider)
+        found = self.look_up(tokens, lengths, top_k, wanted or embedded or attributed, kind_of(top_k, decided))
+        call = Call(request, top_k, unknown, wanted, embedded, decided, attributed, *found)
         if len(call.missing) < len(call.keys):
             tokens = np.frombuffer(b"".join(call.missing), tokens.dtype)
             lengths = np.array([len(key) // tokens.itemsize for key in call.missing], lengths.dtype)
@@ -190,8 +197,8 @@ class TritonPythonModel:
     def asks_for(self, request: Any, outputs: Iterable[str], available: Any, missing: str) -> bool:
         """Return whether a request names one of some outputs.
 
-        One that names no output at all, which Triton shows as all outputs, gets neither decisions nor embeddings, as it
-        gets no logits.
+        One that names no output at all, which Triton shows as all outputs, gets no decisions, attributes or embeddings,
+        as it gets no logits.
 
         Raises:
             InputError: it does, and they are not `available` in this version; the message is `missing`.
@@ -255,11 +262,12 @@ class TritonPythonModel:
     def ranked(self, waiting: Sequence[QueuedRequest], outputs: Sequence[Any]) -> list[Ranked | tuple[Any, Any]]:
         """Rank the categories of all texts together, and count them."""
         calls: list[Call] = [each.request for each in waiting]
-        labels = self.engine.spec.labels
+        labels, every = self.categories, self.engine.spec.labels
         logits = [own[:, :labels] for own in outputs]
-        together = np.concatenate(logits)  # without the embeddings, which few requests want
-        embeddings = (own for call, own in zip(calls, outputs, strict=True) if call.with_embeddings)
-        if not (np.isfinite(together).all() and all(np.isfinite(own).all() for own in embeddings)):
+        together = np.concatenate(logits)  # without what few requests want
+        asked = zip(calls, outputs, strict=True)
+        others = (own for call, own in asked if call.with_embeddings or call.with_attributes)
+        if not (np.isfinite(together).all() and all(np.isfinite(own).all() for own in others)):
             return self.rank_finite(waiting, outputs)
         parts = self.pairs(calls, logits, together)
         fresh = self.entries(calls, logits, parts)
@@ -274,8 +282,8 @@ class TritonPythonModel:
                 answer["confidence"],
                 call.unknown,
                 of_each_text(call, own[:, :labels]) if call.with_logits else None,
-                normalized(of_each_text(call, own[:, labels:])) if call.with_embeddings else None,
-                self.decisions(call, rows),
+                normalized(of_each_text(call, own[:, every:])) if call.with_embeddings else None,
+                {**self.decisions(call, rows), **self.attributes_of(call, own[:, labels:every])},
             )
             for call, answer, own, rows in zip(calls, answers, outputs, fresh, strict=True)
         ]
@@ -322,6 +330,13 @@ class TritonPythonModel:
         for decision, count in count_outcomes(entries).items():
             self.metrics.add("aisle_decisions_total", count, decision=decision)
         return self.decider.tensors(entries)
+
+    def attributes_of(self, call: Call, logits: Any) -> Tensors:
+        """Return the attributes that a request asks for, from the logits [texts, values] of its distinct texts."""
+        if not call.with_attributes:
+            return {}
+        own = of_each_text(call, logits)
+        return {**({} if call.with_decisions else no_decisions(len(own))), **self.attributes.tensors(own)}
 
     def count(self, waiting: Sequence[QueuedRequest], best: Sequence[Any]) -> None:
         """Count the requests and, unless they are for embeddings, the categories that `given` returns."""
@@ -424,7 +439,7 @@ def response(answer: Ranked | tuple[Any, Any]) -> Any:
         tensors.append(pb_utils.Tensor("logits", np.ascontiguousarray(answer.logits)))
     if answer.embedding is not None:
         tensors.append(pb_utils.Tensor("embedding", np.ascontiguousarray(answer.embedding)))
-    for name, values in answer.decisions.items():
+    for name, values in answer.further.items():
         tensors.append(pb_utils.Tensor(name, np.ascontiguousarray(values)))
     return pb_utils.InferenceResponse(tensors)
 

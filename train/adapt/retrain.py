@@ -20,6 +20,7 @@ from aisle.preprocess.vocabulary import MANY_UNKNOWN
 from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
 from aisle.train.core.binomial import lowest_share
 from aisle.train.core.checkpoint import Checkpoint
+from aisle.train.core.head_data import read_heads
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
 from aisle.train.core.resume import check_replaceable
@@ -91,7 +92,8 @@ def retrain(
         new_categories: accept categories that are in neither the checkpoint nor the table; otherwise an unknown
             category is treated as a typo.
 
-    The examples of categories that `aisle category add` added are trained too, so the table may lack them.
+    The examples of categories that `aisle category add` added are trained too, so the table may lack them. Further
+    heads are trained too, so the table needs their columns; a corrected text keeps its value.
 
     Returns:
         The scores of the old and the new checkpoint on the held-out fifth, on the corrections used for training and on
@@ -128,14 +130,21 @@ def retrain(
     }
     if examples.texts:
         made_from["examples"] = _take_over(examples, table, checkpoint)
+    also = [head.name for head in old.heads]
+    if also:
+        made_from["also"] = also
     settings = replace(settings, model=str(checkpoint), folds=0, epochs=epochs or settings.epochs)
     groups = groups_in(data, text_column, label_column, settings)
-    metrics = train_table(table, cleaning, made_from, out, settings, groups, targets=old.targets, examples=examples)
+    heads = read_heads(data, text_column, also, table, labelling, "aisle train --also")
+    metrics = train_table(
+        table, cleaning, made_from, out, settings, groups, heads, targets=old.targets, examples=examples
+    )
     return {
         "checkpoint": str(out),
         "made_of": str(checkpoint),
         "rows": metrics["rows"],
         "corrections": _count_corrections(filled, labels),
+        **({"attributes": metrics["attributes"]} if also else {}),
         **_compare_checkpoints(checkpoint, out, split(table).held_out, filled, settings.epochs),
         "seconds": metrics["seconds"],
     }

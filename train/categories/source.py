@@ -184,11 +184,13 @@ def write_changed(
         InputError: `out` cannot be written, or rows of the training table have a new name already.
     """
     training = _training(source, change)
-    tokenizer, fingerprint = source.tokenizer, source.fingerprint
+    tokenizer, fingerprint, heads = source.tokenizer, source.fingerprint, source.head_rows
     _replace_layer(source.model, change.labels(source.labels), change.layer)
     with working_folder(out, {"checkpoint": fingerprint, **change.details}) as work:
         write_checkpoint(
-            work / "checkpoint", source.model, tokenizer, texts, metrics, training, decisions, examples=examples
+            *(work / "checkpoint", source.model, tokenizer, texts, metrics, training, decisions),
+            examples=examples,
+            heads=heads,
         )
         put_in_place(work / "checkpoint", out)
 

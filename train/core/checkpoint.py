@@ -7,6 +7,7 @@ sample.jsonl                        some cleaned texts of each part, to calibrat
 examples.jsonl                      the texts of added categories; only if categories were added
 decisions.json                      the thresholds of decisions; not in checkpoints of Aisle 0.1
 thresholds.json                     the threshold of each category; only of a multi-label model, which has no decisions
+heads.json  heads.safetensors       the values and the weights of further heads; only if there are some
 metrics.json                        the scores on the held-out part
 training.json                       how it was made: settings, cleaning report, fingerprints of data and code
 """
@@ -18,7 +19,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -32,12 +33,18 @@ from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
+from aisle.train.core.heads import FILE as HEADS
+from aisle.train.core.heads import Heads, load_heads
 from aisle.train.core.multi_label import FILE as THRESHOLDS
 from aisle.train.core.multi_label import PROBLEM, Thresholds
 from aisle.train.core.sample import Sample, read_examples, read_sample, write_examples, write_sample
 from aisle.train.core.settings import DecisionTargets
 
+if TYPE_CHECKING:
+    from aisle.train.core.head_rows import HeadRows
+
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "labels.json")
+HEAD_ROWS = "heads.safetensors"
 
 
 class Checkpoint:
@@ -111,13 +118,52 @@ class Checkpoint:
             raise InputError(f"{self.folder} is multi-label; {work} needs a model that gives a text one category")
 
     @cached_property
+    def heads(self) -> Heads:
+        """The further heads, in the order of their logits."""
+        _ = self.labels  # which checks that all files are there
+        heads = load_heads(self.folder)
+        if heads and not (self.folder / HEAD_ROWS).is_file():
+            raise InputError(f"{self.folder} lacks {HEAD_ROWS}, the weights of its further heads; put the file back")
+        return heads
+
+    @cached_property
+    def head_rows(self) -> HeadRows | None:
+        """The weights of the further heads; None if there are none."""
+        from aisle.train.core.head_rows import load_rows
+
+        _ = self.labels  # which checks that all files are there
+        return load_rows(self.folder)
+
+    def check_no_heads(self, work: str) -> None:
+        """Check that it has no further heads, which some work would drop.
+
+        Args:
+            work: what would, for the message.
+
+        Raises:
+            InputError: it has some.
+        """
+        if self.heads:
+            names = ", ".join(head.name for head in self.heads)
+            raise InputError(f"{self.folder} has further heads ({names}), which {work} would drop; see train --also")
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer:
         return TextTokenizer(self.folder / "tokenizer.json", self._max_tokens)
 
     @cached_property
     def model(self) -> Any:
-        """The classifier of transformers in fp32 on the CPU, in evaluation mode."""
+        """The classifier of transformers in fp32 on the CPU, in evaluation mode, without further heads."""
         return _load_model(self.folder, self.labels)
+
+    @cached_property
+    def whole_model(self) -> Any:
+        """The same classifier; the logits of further heads follow those of the categories."""
+        if self.head_rows is None:
+            return self.model
+        from aisle.train.core.head_rows import add_rows
+
+        return add_rows(_load_model(self.folder, self.labels), self.head_rows)
 
     @cached_property
     def sample(self) -> Sample:
@@ -142,7 +188,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 over what decides the predictions: weights, configuration, tokenizer, labels and thresholds."""
-        names = [*FILES, *([THRESHOLDS] if self.multi_label else [])]
+        names = [*FILES, *([THRESHOLDS] if self.multi_label else []), *([HEADS, HEAD_ROWS] if self.heads else [])]
         return hashlib.sha256("".join(fingerprint(self.folder / name) for name in names).encode()).hexdigest()
 
 
@@ -293,8 +339,9 @@ def write_checkpoint(
     decisions: Decisions | None,
     thresholds: Thresholds | None = None,
     examples: LabelledTexts | None = None,
+    heads: HeadRows | None = None,
 ) -> None:
-    """Write all files of a checkpoint; `training` goes into training.json.
+    """Write all files of a checkpoint; `training` goes into training.json. The rows of `heads` are not in the model.
 
     Raises:
         InputError: a weight is not finite.
@@ -314,6 +361,10 @@ def write_checkpoint(
         decisions.save(folder)
     if thresholds:
         thresholds.save(folder)
+    if heads:
+        from aisle.train.core.head_rows import save_rows
+
+        save_rows(folder, heads)
     write_json(folder / "metrics.json", metrics)
     made_by = {
         "code_sha256": code_fingerprint(),

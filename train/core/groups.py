@@ -31,10 +31,15 @@ def _hash(group: str) -> int:
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest())
 
 
-def read_groups(data: Path, text_column: str, group_column: str) -> dict[bytes, str]:
+def read_groups(
+    data: Path, text_column: str, group_column: str, options: str = "--text-column or --contrastive"
+) -> dict[bytes, str]:
     """Return the group of each text of a table, by the text's content key.
 
     A text without a group, or in two groups, is left out.
+
+    Args:
+        options: what named the columns, for a message.
 
     Raises:
         InputError: the table cannot be read, or has no such column.
@@ -42,7 +47,7 @@ def read_groups(data: Path, text_column: str, group_column: str) -> dict[bytes, 
     found: dict[bytes, str] = {}
     ambiguous: set[bytes] = set()
     names = [text_column, group_column]
-    for raw, raw_group in column(read_rows(data, names), names, data, options="--text-column or --contrastive"):
+    for raw, raw_group in column(read_rows(data, names), names, data, options):
         try:
             key, group = content_key(prepare(raw)), prepare_label(raw_group)
         except TextError:

@@ -16,17 +16,18 @@ from aisle.console import track
 from aisle.errors import InputError
 from aisle.train.core.added import Below, mean_hidden
 from aisle.train.core.families import embedding_pooling, output_layer
+from aisle.train.core.head_rows import values_of
 
 Tokens = Sequence[Sequence[int]]
 
 
 def logits_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
-    """Return logits [texts, labels] in fp32; batches hold texts of similar length.
+    """Return logits [texts, labels] in fp32; batches hold texts of similar length. Those of further heads come last.
 
     Raises:
         InputError: a logit is not finite.
     """
-    logits = np.empty((len(tokens), model.config.num_labels), np.float32)
+    logits = np.empty((len(tokens), model.config.num_labels + values_of(model)), np.float32)
     for batch, output, _ in _run(model, tokens, description):
         logits[batch] = output.logits.float().cpu().numpy()
     if not np.isfinite(logits).all():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, content_key
+
+if TYPE_CHECKING:
+    from aisle.train.core.head_data import HeadData
 
 HELD_OUT = 5  # one text in five is held out from training
 VALIDATION = 10  # of the others, one in ten is for validation: it decides when to stop, and no score is reported on it
@@ -19,6 +22,7 @@ class Split(NamedTuple):
     held_out: LabelledTexts
     labels: list[str]
     groups: Mapping[bytes, str] = MappingProxyType({})  # content key -> group, if groups are learnt too
+    heads: tuple[HeadData, ...] = ()  # further heads that are learnt
 
 
 def is_held_out(text: str) -> bool:

@@ -23,6 +23,7 @@ from aisle.train.core import metrics
 from aisle.train.core.calibration import calibration
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.split import is_held_out
+from aisle.train.evaluation.attributes import measure_attributes
 from aisle.train.evaluation.decision_metrics import measure_decisions
 from aisle.train.evaluation.predictors import CheckpointPredictor, open_predictor
 
@@ -96,6 +97,9 @@ def evaluate(
         **measure(prepared, labels, answers),
         "decisions": measure_decisions(labels, answers, strange),
     }
+    heads = source.heads if source else ()
+    if attributes := measure_attributes(data, text_column, prepared, answers, labelling, heads):
+        result["attributes"] = attributes
     if baselines:
         from aisle.train.evaluation.baselines import compare
 
@@ -117,7 +121,7 @@ def _predict(
     source: Checkpoint | None, url: str, texts: Sequence[str], labels: Sequence[str]
 ) -> tuple[list[Prediction | Failure], set[str], dict[str, float]]:
     """Return the answers to the texts, the categories that the model knows, and the time taken."""
-    local = CheckpointPredictor(source) if source else None
+    local = CheckpointPredictor(source, attributes=True) if source else None
     with open_predictor(local, "" if local else url) as predictor:
         start = time.perf_counter()
         answers = predictor.top_k(texts, TOP_K)

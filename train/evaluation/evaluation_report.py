@@ -31,6 +31,8 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     """
     page = _page(result)
     _overview(page, result)
+    if "attributes" in result:
+        _attributes(page, result["attributes"])
     if result["unseen_labels"]:
         _unseen(page, result["unseen_labels"])
     if "baselines" in result:
@@ -113,6 +115,14 @@ def _unseen(page: Page, labels: list[dict[str, Any]]) -> None:
     page.table(
         ["label", "rows", "mostly predicted as", "share", "mean confidence"],
         [[each[key] for key in ("label", "rows", "category", "share", "confidence")] for each in labels],
+    )
+
+
+def _attributes(page: Page, attributes: dict[str, Any]) -> None:
+    page.heading("Attributes: the further heads")
+    page.table(
+        ["attribute", "rows with a value", "accuracy", "macro-F1", "micro-F1", "weighted F1"],
+        [[name, each["rows"], *_scores(each)] if each else [name, 0] + [None] * 4 for name, each in attributes.items()],
     )
 
 

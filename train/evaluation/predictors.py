@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from aisle.client import Classifier, Failure, InvalidText, Prediction
+from aisle.client import Attribute, Classifier, Failure, InvalidText, Prediction
 from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.clean import prepare
@@ -19,6 +19,7 @@ from aisle.preprocess.values import TextError
 from aisle.train.core.calibration import softmax
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.decisions import OUTCOMES
+from aisle.train.core.heads import spans
 
 MOST_CATEGORIES = 2**20  # an upper bound for the categories of a server
 Floats = npt.NDArray[np.floating[Any]]
@@ -53,8 +54,11 @@ class Predictor(Protocol):
 class CheckpointPredictor:
     """A checkpoint in PyTorch, on the GPU if there is one."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, attributes: bool = False) -> None:
         """Load it.
+
+        Args:
+            attributes: whether `top_k` gives attributes too, if it has further heads.
 
         Raises:
             InputError: the folder is not a checkpoint.
@@ -63,11 +67,14 @@ class CheckpointPredictor:
 
         self.labels = checkpoint.labels
         self.tokenizer = checkpoint.tokenizer
-        self.model = checkpoint.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.heads = checkpoint.heads if attributes else ()
+        model = checkpoint.whole_model if self.heads else checkpoint.model
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.decisions = checkpoint.decisions
 
     def top_k(self, texts: Sequence[str], k: int) -> list[Prediction | Failure]:
-        logits = self._logits([prepare(text) for text in texts], "evaluating")
+        every = self._logits([prepare(text) for text in texts], "evaluating")
+        logits = every[:, : len(self.labels)]
         probabilities = softmax(logits)
         ranking = np.argsort(-probabilities, axis=1, kind="stable")
         best = ranking[:, :k]
@@ -76,7 +83,19 @@ class CheckpointPredictor:
             Prediction(tuple(self.labels[i] for i in row), tuple(values))
             for row, values in zip(best.tolist(), confidences.tolist(), strict=True)
         ]
-        return [*(self._decided(predictions, logits, ranking) if self.decisions else predictions)]
+        decided = self._decided(predictions, logits, ranking) if self.decisions else predictions
+        return [*(self._described(decided, every) if self.heads else decided)]
+
+    def _described(self, predictions: Iterable[Prediction], logits: Floats) -> Iterator[Prediction]:
+        """Yield predictions with their attributes, from the logits [texts, categories + values]."""
+        found = []
+        for head, place in zip(self.heads, spans(len(self.labels), self.heads), strict=True):
+            probabilities = softmax(logits[:, place])
+            best = probabilities.argmax(axis=1).tolist()
+            found.append([Attribute(head.labels[i], float(row[i])) for i, row in zip(best, probabilities, strict=True)])
+        for prediction, own in zip(predictions, zip(*found, strict=True), strict=True):
+            named = zip((head.name for head in self.heads), own, strict=True)
+            yield replace(prediction, attributes=dict(named))
 
     def _decided(
         self, predictions: Sequence[Prediction], logits: Floats, ranking: npt.NDArray[np.intp]
@@ -124,10 +143,10 @@ class CheckpointPredictor:
 
     def _probabilities(self, texts: Sequence[str], description: str) -> Floats:
         """Return probabilities [texts, labels]."""
-        return softmax(self._logits(texts, description))
+        return softmax(self._logits(texts, description)[:, : len(self.labels)])
 
     def _logits(self, texts: Sequence[str], description: str) -> Floats:
-        """Return logits [texts, labels]; equal texts are computed once."""
+        """Return logits [texts, labels], with those of `heads` after them; equal texts are computed once."""
         from aisle.train.core.predict import logits_of  # imported here because it imports torch
 
         row_of = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -162,8 +181,10 @@ class ServerPredictor:
         return largest_top_k(self._classifier, len(self._labels) + 1 if self._labels else MOST_CATEGORIES)
 
     def top_k(self, texts: Sequence[str], k: int) -> list[Prediction | Failure]:
-        decisions = self._classifier.has_decisions()
-        predictions = self._classifier.stream(texts, largest_top_k(self._classifier, k), decisions=decisions)
+        models, most = self._classifier.models(), largest_top_k(self._classifier, k)
+        predictions = self._classifier.stream(
+            texts, most, decisions=models.has_decisions, attributes=bool(models.attributes)
+        )
         return list(track(predictions, "evaluating", total=len(texts)))
 
     def known_categories(self, labels: Sequence[str], predictions: Sequence[Prediction | Failure]) -> set[str]:

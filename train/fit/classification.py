@@ -14,13 +14,14 @@ from aisle.preprocess.encode import TextTokenizer
 from aisle.train.core.predict import logits_of, pad
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split
+from aisle.train.fit.heads import accuracies, loss_of_all, score_of_all, targets_of
 from aisle.train.fit.loop import Scalars, like_lengths
 from aisle.train.fit.loss import Loss, RowLoss
 from aisle.train.fit.unknown import Unknowns, isolates
 
 
 class Classification:
-    """Cross-entropy over the categories, with augmentation, mixup and unknown characters."""
+    """Cross-entropy over the categories and those of further heads, with augmentation, mixup and unknown characters."""
 
     def __init__(
         self, parts: Split, tokenizer: TextTokenizer, settings: TrainingSettings, device: torch.device
@@ -43,6 +44,17 @@ class Classification:
         self.unknowns = Unknowns(backend, self.texts, settings.seed) if isolates(backend) else None
         self.tokens = self.plain_tokens  # this epoch's token ids
         self.loss_of = self.make_loss(parts.labels)
+        self.heads, self.categories = parts.heads, len(parts.labels)
+        if self.heads:
+            own = targets_of(self.heads, self.targets.cpu().numpy(), self.texts)
+            self.targets = torch.from_numpy(own).to(device)
+            self.validation_targets = targets_of(self.heads, self.validation_targets, parts.validation.texts)
+            self.loss_of = loss_of_all(self.loss_of, self.heads, self.categories, self.targets, settings)
+
+    @property
+    def validation_categories(self) -> npt.NDArray[Any]:
+        """The category of each validation text, as `encoded` gives it."""
+        return self.validation_targets[:, 0] if self.heads else self.validation_targets
 
     def encoded(self, labels: Sequence[str], names: Sequence[str]) -> npt.NDArray[Any]:
         """Return labels as the loss reads them: the number of each category among `names`, [rows]."""
@@ -102,9 +114,15 @@ class Classification:
     def validate(self, model: Any) -> Scalars | None:
         if not self.validation:
             return None
-        logits = torch.from_numpy(logits_of(model, self.validation, "validating"))
-        targets = torch.from_numpy(self.validation_targets)
-        return {
+        found = logits_of(model, self.validation, "validating")
+        logits = torch.from_numpy(found[:, : self.categories])
+        targets = torch.from_numpy(self.validation_categories)
+        scalars = {
             "score": float((logits.argmax(dim=1) == targets).float().mean()),
             "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
         }
+        if not self.heads:
+            return scalars
+        attributes = accuracies(self.heads, found, self.validation_targets)
+        both = {"score": score_of_all(scalars["score"], attributes), "accuracy": scalars["score"]}
+        return {**scalars, **both, **{f"{name} accuracy": value for name, value in attributes.items()}}

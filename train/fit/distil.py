@@ -80,6 +80,7 @@ def distil(
         check_student(AutoConfig.from_pretrained(folders[0], local_files_only=True), spec)
     for checkpoint in checkpoints:  # a bad checkpoint is refused before the table, which may be large, is read
         checkpoint.check_one_category("aisle distil")
+        checkpoint.check_no_heads("aisle distil")
         checkpoint.check_fields(text_column)
     labelling = checkpoints[0].labelling
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)

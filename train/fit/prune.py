@@ -68,7 +68,9 @@ def prune(
                 model, pruned, labels, sample.validation, decisions.targets, alone=source.prototypes
             )
         write_checkpoint(
-            work / "checkpoint", model, pruned, sample, metrics, history, decisions, examples=source.examples
+            *(work / "checkpoint", model, pruned, sample, metrics, history, decisions),
+            examples=source.examples,
+            heads=source.head_rows,
         )
         weights = [(folder / "model.safetensors").stat().st_size for folder in (checkpoint, work / "checkpoint")]
         put_in_place(work / "checkpoint", out)

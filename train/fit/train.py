@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from aisle.train.core.decision_fit import fit_decisions
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import output_layer
 from aisle.train.core.groups import check_groups, read_groups
+from aisle.train.core.head_data import OPTION, HeadData, check_names, notes_of, read_heads
+from aisle.train.core.head_rows import cut_rows
 from aisle.train.core.metrics import score, score_sets
 from aisle.train.core.multi_label import Thresholds
 from aisle.train.core.predict import logits_of
@@ -38,6 +40,7 @@ from aisle.train.core.threshold_fit import fit_thresholds
 from aisle.train.fit.classification import Classification
 from aisle.train.fit.contrast import ContrastiveClassification, measure_search
 from aisle.train.fit.crossval import cross_validate
+from aisle.train.fit.heads import add_heads, calibrate_heads, measure_heads, temperatures
 from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.loss import check_levels
 from aisle.train.fit.model import check_settings, from_pretrained, from_scratch
@@ -56,11 +59,15 @@ def train(
     log_dir: Path | None = None,
     overwrite: bool = False,
     labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a classifier on a table and write the checkpoint folder `out`.
 
     A run that was killed resumes from its last state when it is started again. Under torchrun every process calls this,
     and the main one writes.
+
+    Args:
+        also: further columns, each of which gets a head of its own.
 
     Returns metrics.json: the scores on the held-out fifth, and the seconds it took.
 
@@ -71,6 +78,9 @@ def train(
     check_settings(settings)
     if labelling.multi_label:
         check_multi_label(settings)
+        if also:
+            raise InputError(f"{OPTION} is for one category per text; leave out {OPTION} or --multi-label")
+    check_names(also, text_column, label_column)
     # Data: clean, split by content.
     table, cleaning = clean_rows(read_labelled(data, text_column, label_column), labelling, learnable=is_learnt)
     if not table.texts and "label not text" in cleaning.dropped:
@@ -78,10 +88,14 @@ def train(
             raise InputError(f"{data}: no label is a text or a list of texts")
         raise InputError(f"{data}: no label is a text; if they are lists of categories, give --multi-label")
     made_from = {"file": data.name, "sha256": fingerprint(data), "columns": [text_column, label_column]}
-    made_from |= labelling.metadata()
+    made_from |= {**labelling.metadata(), **({"also": list(also)} if also else {})}
     groups = groups_in(data, text_column, label_column, settings)
+    heads = read_heads(data, text_column, also, table, labelling)
     return train_table(
-        table, cleaning, made_from, out, settings, groups, targets=targets, save_every=save_every, log_dir=log_dir
+        *(table, cleaning, made_from, out, settings, groups, heads),
+        targets=targets,
+        save_every=save_every,
+        log_dir=log_dir,
     )
 
 
@@ -107,6 +121,7 @@ def train_table(
     out: Path,
     settings: TrainingSettings,
     groups: Mapping[bytes, str],
+    heads: tuple[HeadData, ...] = (),
     *,
     targets: DecisionTargets = DecisionTargets(),  # noqa: B008 - it is frozen
     save_every: int | None = None,
@@ -121,7 +136,7 @@ def train_table(
         examples: rows of the table that its source lacks; the checkpoint keeps them for the next training.
     """
     start = time.perf_counter()
-    parts = split(table)._replace(groups=groups)
+    parts = split(table)._replace(groups=groups, heads=heads)
     if settings.contrastive:
         check_groups(groups, parts, settings.contrastive)
     if settings.level_weight:
@@ -130,9 +145,9 @@ def train_table(
     note = note_on_sets(table.labels) if table.multi_label else sets_note(parts.labels)
     with processes() as world, working_folder(out, identity(settings, made_from, world), is_main=world.is_main) as work:
         say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
-        for each in [*cleaning.notes(), *([note] if note else [])]:
+        for each in [*cleaning.notes(), *([note] if note else []), *notes_of(parts)]:
             say(each)
-        spread = _cross_validation(table, groups, settings, work, world, save_every) if settings.folds else {}
+        spread = _cross_validation(table, parts, settings, work, world, save_every) if settings.folds else {}
         learnt = learn(parts, settings, work, world, Hooks(work / STATE, save_every, log_dir))
         metrics: dict[str, Any] = {}
         if world.is_main:
@@ -148,7 +163,7 @@ def train_table(
 
 def _cross_validation(
     table: LabelledTexts,
-    groups: Mapping[bytes, str],
+    whole: Split,
     settings: TrainingSettings,
     work: Path,
     world: Processes,
@@ -160,7 +175,7 @@ def _cross_validation(
         learnt = learn(parts, once, folder, world, Hooks(folder / STATE, save_every))
         return world.broadcast(measure(learnt, parts) if world.is_main else {})
 
-    splits = (parts._replace(groups=groups) for parts in folds(table, settings.folds))
+    splits = (parts._replace(groups=whole.groups, heads=whole.heads) for parts in folds(table, settings.folds))
     return {"cross_validation": cross_validate(splits, work, world, measured)}
 
 
@@ -174,6 +189,7 @@ class Learnt:
     history: list[Scalars]
     # `calibrate` sets these.
     temperature: float = 1.0
+    attribute_temperatures: dict[str, float] = field(default_factory=dict)
     decisions: Decisions | None = None  # of a model that gives one category
     thresholds: Thresholds | None = None  # of a multi-label model
 
@@ -206,6 +222,9 @@ def write_result(
         "temperature": learnt.temperature,
         "processes": origin.processes,
     }
+    heads = tuple(each.head for each in parts.heads)
+    if heads:
+        training["attribute_temperatures"] = learnt.attribute_temperatures
     names, config = columns_of(origin.data["columns"][0]), learnt.model.config
     if len(names) > 1 or getattr(config, "text_fields", None):
         config.text_fields = names if len(names) > 1 else []
@@ -219,6 +238,7 @@ def write_result(
         learnt.decisions,
         learnt.thresholds,
         examples=origin.examples,
+        heads=cut_rows(learnt.model, heads) if heads else None,
     )
     put_in_place(folder, out)
 
@@ -234,6 +254,7 @@ def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Process
     if settings.contrastive:
         model.config.embedding_pooling = "mean"  # it learns sooner than [CLS]
     set_problem(model, parts.train, parts.labels)
+    model = add_heads(model, parts.heads, settings.model)
     # Load the file as the server does.
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = TextTokenizer(folder / "tokenizer.json")
@@ -261,10 +282,14 @@ def calibrate(learnt: Learnt, targets: DecisionTargets) -> None:
     if not task.validation:
         return
     logits = logits_of(learnt.model, task.validation, "calibrating")
-    temperature = fit_temperature(logits, task.validation_targets)
-    learnt.decisions = fit_decisions(logits / temperature, task.validation_targets, learnt.labels, targets)
+    own = slice(0, task.categories)
+    temperature = fit_temperature(logits[:, own], task.validation_categories)
+    learnt.decisions = fit_decisions(logits[:, own] / temperature, task.validation_categories, learnt.labels, targets)
     say(_accepted(learnt.decisions))
     _divide_logits(learnt, temperature)
+    if task.heads:
+        found = temperatures(task.heads, logits[:, task.categories :], task.validation_targets)
+        learnt.attribute_temperatures = calibrate_heads(learnt.model, found)
 
 
 def _calibrate_multi_label(learnt: Learnt) -> None:
@@ -303,6 +328,9 @@ def measure(learnt: Learnt, parts: Split) -> dict[str, Any]:
         actual = indicators(parts.held_out.labels, parts.labels)
         metrics = score_sets(actual, learnt.thresholds.apply(logits), parts.labels)
     else:
-        metrics = score(parts.held_out.labels, [parts.labels[i] for i in logits.argmax(axis=1)])
+        own = logits[:, : len(parts.labels)]
+        metrics = score(parts.held_out.labels, [parts.labels[i] for i in own.argmax(axis=1)])
+    if parts.heads:
+        metrics["attributes"] = measure_heads(parts.heads, logits, len(parts.labels), parts.held_out.texts)
     metrics["rows"] = {name: len(getattr(parts, name).texts) for name in ("train", "validation", "held_out")}
     return metrics
