@@ -33,10 +33,22 @@ BATCH = {
     "output": "out.parquet",
     "textColumns": ["title", "brand"],
 }
+WATCH = {
+    "schedule": "15 6 * * *",
+    "claim": "tables",
+    "args": [
+        "/data/products.csv",
+        "--contract=/data/contract.toml",
+        "--labels=/data/fresh.csv",
+        "--accuracy-at-least=1",
+    ],
+    "webhookSecret": "chat",
+}
 VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "batch": {"batch": BATCH},
+    "watch": {"watch": WATCH},
     "bare": {"gateway": {"enabled": False}, "autoscaling": {"enabled": False}},
 }
 INSTALLED = {
@@ -64,7 +76,9 @@ def render(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pods(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [each["spec"]["template"]["spec"] for each in manifests if each["kind"] in {"Deployment", "Job"}]
+    cron = [each["spec"]["jobTemplate"]["spec"] for each in manifests if each["kind"] == "CronJob"]
+    others = [each["spec"] for each in manifests if each["kind"] in {"Deployment", "Job"}]
+    return [each["template"]["spec"] for each in (*others, *cron)]
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -183,6 +197,22 @@ def test_each_pod_of_a_batch_takes_its_shard(tmp_path: Path) -> None:
     assert "JOB_COMPLETION_INDEX is not set" in done.stderr  # the first error
 
 
+def test_the_watch_runs_on_its_schedule(tmp_path: Path) -> None:
+    assert not any(each["kind"] == "CronJob" for each in render({}))
+    (job,) = (each for each in render({"watch": WATCH}) if each["kind"] == "CronJob")
+    assert job["spec"]["schedule"] == "15 6 * * *"
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]
+    assert pod["metadata"]["labels"]["aisle.caller"] == "true"  # so that the servers' network policy admits it
+    (container,) = pod["spec"]["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert variables == {"AISLE_URL": "shop-servers:8001", "AISLE_WEBHOOK": None}  # from the secret
+    for name, text in (("products.csv", "text,category\na,b\n"), ("contract.toml", "rows_at_least = 2\n")):
+        (tmp_path / name).write_text(text)
+    done = aisle("watch", *(word.replace("/data", str(tmp_path)) for word in container["args"]))
+    assert done.returncode == 3, done.stderr
+    assert json.loads(done.stdout)["checks"][0]["reasons"] == ["1 rows, fewer than 2"]
+
+
 def test_another_table_makes_another_batch() -> None:
     def name(**changed: object) -> str:
         manifests = render({"batch": BATCH | changed})
@@ -206,6 +236,8 @@ def test_the_gateway_gets_all_of_its_files() -> None:
         ({"images": {"serve": "aisle:latest", "build": "a:1", "gateway": "e:1"}}, "serve"),
         ({"replica": 3}, "replica"),
         ({"batch": BATCH | {"claim": ""}}, "claim"),
+        ({"watch": WATCH | {"claim": ""}}, "claim"),
+        ({"watch": WATCH | {"args": []}}, "args"),
         ({"batch": BATCH | {"input": "/in.parquet"}}, "input"),
         ({"batch": BATCH | {"shards": -1}}, "shards"),
         ({"checkpoint": {"claim": "checkpoints", "path": ""}}, "path"),
