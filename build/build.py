@@ -32,6 +32,7 @@ from aisle.build.export import DTYPES, export
 from aisle.build.gate import GATES, Gate, GateError, accuracy, check_finite, predict
 from aisle.build.graph import PackedEncoder
 from aisle.build.inputs import BuildInputs, DataSource, TextSource
+from aisle.build.lineage import read_lineage
 from aisle.build.openvino_graph import to_openvino
 from aisle.build.recipe import recipe
 from aisle.build.repository import check_version, new_version, read_report, versions
@@ -110,7 +111,8 @@ def build(
                 "gate": {**_thresholds(gate), "loosened": gate.is_looser_than(GATES[precision])},
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            write_json(folders["encoder"] / "report.json", {**result, "recipe": made_with})
+            made_from = read_lineage(checkpoint)
+            write_json(folders["encoder"] / "report.json", {**result, "recipe": made_with, **made_from})
             _write_text_files(inputs, checkpoint, folders)
     return result
 

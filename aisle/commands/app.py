@@ -49,6 +49,7 @@ PANELS = {
         "rest",
         "stream",
         "rollback",
+        "lineage",
         "drift",
         "watch",
         "demand",

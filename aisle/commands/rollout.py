@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from aisle.commands import Json, Precision, Repository, report
-from aisle.commands.command import Stage, refuse
-from aisle.console import say
+from aisle.commands.command import Stage, file_to_write, refuse
+from aisle.console import say, show
+from aisle.errors import InputError
 
 app = Stage()
+
+
+@app.command()
+def lineage(
+    version: Annotated[
+        int | None, typer.Argument(metavar="VERSION", min=1, help="A version.", show_default="the live one")
+    ] = None,
+    repository: Repository = Path("model_repository"),
+    openlineage: Annotated[
+        Path | None,
+        typer.Option(callback=file_to_write, help="Also write events of OpenLineage here, a JSON object in each line."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a version was made from: tables, corrections, earlier checkpoints, settings and code."""
+    from aisle.build.lineage import events
+    from aisle.build.lineage import lineage as run
+    from aisle.build.repository import versions
+    from aisle.deploy.server.release import Release
+
+    number = version or Release.load(repository).live
+    if number not in versions(repository):
+        raise InputError(f"{repository} has no version {number}; it has: {', '.join(map(str, versions(repository)))}")
+    found = run(repository, number)
+    if openlineage:
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in events(found)]
+        openlineage.write_text("".join(lines), "utf-8")
+    report(found, as_json, _show_lineage)
+
+
+def _show_lineage(found: dict[str, Any]) -> None:
+    built, engine, gate = found["built"], found["engine"], found["gate"]
+    when = f" on {built['time']}" if built["time"] else ""
+    show(
+        f"version {found['version']} ({found['fingerprint']}), {engine['precision']} on {engine['target']}, built{when}"
+    )
+    show(f"  gate: agreement {gate['agreement']:.2%} on {gate['held_out_texts']} held-out texts")
+    checkpoint = found["checkpoint"]
+    show(f"  checkpoint {checkpoint['sha256'][:16]}, trained {checkpoint.get('time', 'elsewhere')}")
+    for each in found["inputs"]:
+        rows = f", {each['rows_kept']} of {each['rows_in']} rows" if "rows_kept" in each else ""
+        show(f"    {each['kind']} {each['name']} ({(each['sha256'] or 'not told')[:16]}){rows}")
+    for step in checkpoint.get("categories", ()):
+        details = {name: value for name, value in step.items() if name != "checkpoint_sha256"}
+        show(f"    categories changed: {json.dumps(details, ensure_ascii=False)}")
 
 
 @app.command()
