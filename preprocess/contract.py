@@ -80,7 +80,10 @@ def date_of(value: Any) -> datetime.datetime | None:
             return None
     if not isinstance(value, datetime.datetime):
         return None
-    return value.astimezone(datetime.UTC) if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+    try:
+        return value.astimezone(datetime.UTC) if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+    except OverflowError:  # in the year 1 or 9999
+        return None
 
 
 # From the narrowest to the widest.

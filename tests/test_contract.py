@@ -22,6 +22,7 @@ from aisle.preprocess.contract import (
     Contract,
     FreshnessRule,
     check,
+    date_of,
     propose,
     read_contract,
     write_contract,
@@ -139,6 +140,15 @@ def test_each_fault_is_told(
     change: Callable[[list[Row]], Any], faults: list[str], contract: Contract, tmp_path: Path
 ) -> None:
     assert check(contract, write(tmp_path / "later.csv", changed(change)), TODAY) == faults
+
+
+def test_dates_of_every_form() -> None:
+    noon = datetime.datetime(2026, 11, 28, 12, tzinfo=datetime.UTC)
+    for value in ("2026-11-28T12:00:00Z", "2026-11-28 20:00+08:00", noon, noon.replace(tzinfo=None)):
+        assert date_of(value) == noon
+    assert date_of(datetime.date(2026, 11, 28)) == noon.replace(hour=0)
+    for value in ("28.11.2026", "20261128", 20261128, None, "0001-01-01T00:00:00+08:00"):
+        assert date_of(value) is None
 
 
 def test_lists_of_categories_are_counted_one_by_one(tmp_path: Path) -> None:
