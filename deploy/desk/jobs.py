@@ -210,7 +210,10 @@ class Jobs:
                 _cut_off(db, job.id, job.kind)
 
     def _run_command(self, job: int, words: list[str], folder: Path) -> tuple[int, dict[str, Any]]:
-        """Run one command; return its exit code and its JSON."""
+        """Run one command; return its exit code and its JSON.
+
+        One that printed a result has done its work: a table in which no row has an answer ends with an exit code too.
+        """
         (folder / "progress").unlink(missing_ok=True)
         environment = {**os.environ, PROGRESS: str(folder / "progress")}
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
@@ -229,7 +232,12 @@ class Jobs:
                 code = _wait(process, self._stopping)
             finally:
                 del self._running[job]
-        return code, {} if code else json.loads((folder / "stdout").read_text("utf-8"))
+        try:
+            return 0, json.loads((folder / "stdout").read_text("utf-8"))
+        except ValueError:  # it printed nothing, or was killed while it did
+            if not code:
+                raise
+            return code, {}
 
     def _end(self, job: int, state: State, **values: Any) -> None:
         with self._store.write() as db:
