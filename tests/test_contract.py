@@ -147,8 +147,8 @@ def test_dates_of_every_form() -> None:
     for value in ("2026-11-28T12:00:00Z", "2026-11-28 20:00+08:00", noon, noon.replace(tzinfo=None)):
         assert date_of(value) == noon
     assert date_of(datetime.date(2026, 11, 28)) == noon.replace(hour=0)
-    for value in ("28.11.2026", "20261128", 20261128, None, "0001-01-01T00:00:00+08:00"):
-        assert date_of(value) is None
+    for other in ("28.11.2026", "20261128", 20261128, None, "0001-01-01T00:00:00+08:00"):
+        assert date_of(other) is None
 
 
 def test_lists_of_categories_are_counted_one_by_one(tmp_path: Path) -> None:
