@@ -16,7 +16,7 @@ import pytest
 from aisle.build.build import build
 from aisle.build.cuda_runtime import gpu_name
 from aisle.client import Classifier
-from aisle.deploy.server import watchdog
+from aisle.deploy.server import instances, watchdog
 from aisle.deploy.server.triton import ServerOptions, free_ports, running
 from aisle.errors import InputError, ServerError
 from aisle.loadtest import processes
@@ -107,10 +107,17 @@ def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, 
 
 
 @pytest.mark.skipif(bool(gpu_name()), reason="refusal by a machine without a GPU")
-def test_a_plan_is_not_served_without_a_gpu(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_plan_is_not_served_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(checkpoint, tmp_path / "repository", "tensorrt-rtx", "fp16")
     grpc, metrics = free_ports(2)
     options = ServerOptions(tmp_path / "repository", grpc_port=grpc, metrics_port=metrics)
+    with (
+        pytest.raises(InputError, match="is built for target tensorrt-rtx, which needs an NVIDIA GPU"),
+        running(options),
+    ):
+        pass
+    (tmp_path / "nvidiactl").touch()  # a driver that does not work
+    monkeypatch.setattr(instances, "DEVICES", tmp_path)
     with (tmp_path / "log").open("wb") as log, pytest.raises(ServerError), running(options, log):
         pass
     assert "a TensorRT-RTX plan needs an NVIDIA GPU and its driver; found none" in (tmp_path / "log").read_text()
