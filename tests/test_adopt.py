@@ -78,6 +78,7 @@ def test_another_classifier_is_built_with_its_own_labels_and_vocabulary(
     assert (again["version"], again["reused"]) == (1, True)
 
 
+@pytest.mark.long
 def test_int8_is_calibrated_on_texts_that_the_gate_does_not_see(foreign: Path, texts: Path, tmp_path: Path) -> None:
     done = aisle(
         *("build", foreign, "--repository", tmp_path / "repository", "--held-out", texts, "--text-column", "title"),
@@ -145,6 +146,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(foreign
     ("name", "complaint"),
     [("no/such/folder", "no such folder"), ("./missing", "no such folder"), ("nobody/no-such-model", "HF_HUB")],
 )
+@pytest.mark.long
 def test_a_missing_model_is_one_line(name: str, complaint: str, tmp_path: Path) -> None:
     done = aisle("build", name, "--repository", tmp_path, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -50,6 +50,7 @@ def test_parts_write_their_rows_a_page_and_its_json(tmp_path: Path) -> None:
     assert "Hugging Face, SDPA, padded" in page.read_text()
 
 
+@pytest.mark.long
 def test_a_part_that_fails_loses_nothing(tmp_path: Path) -> None:
     page = tmp_path / "gpu.html"
     settings = GpuBenchSettings(str(tmp_path / "work"), data=str(tmp_path / "missing.csv"), dry_run=True)
@@ -74,6 +75,7 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     assert "runs alone" in done.stderr
 
 
+@pytest.mark.long
 def test_target_cuda_needs_neither_onnxruntime_nor_openvino() -> None:
     """They may be missing on a GPU machine."""
     code = "import sys; sys.modules.update(onnxruntime=None, openvino=None); import aisle.loadtest.bench.gpu.engines"

@@ -62,6 +62,7 @@ def test_a_version_is_complete_and_described(repository: Path, checkpoint: Path)
     assert served.tokens(TEXTS) == Checkpoint(checkpoint).tokenizer.tokens(TEXTS)
 
 
+@pytest.mark.long
 def test_only_a_different_engine_is_built_again(checkpoint: Path, repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy, symlinks=True)
@@ -95,6 +96,7 @@ def test_an_engine_that_disagrees_is_not_installed(
     assert not list((tmp_path / "repository").rglob(".building-*"))
 
 
+@pytest.mark.long
 def test_a_loosened_gate_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     result = build(checkpoint, tmp_path / "repository", "openvino", "fp32", gate=Gate(0.5, 0.5))
     assert result["gate"] == {"least_agreement": 0.5, "largest_f1_loss": 0.5, "loosened": True}
@@ -226,6 +228,7 @@ def test_tensorrt_compiles_bert_base(tmp_path: Path, precision: str) -> None:
 
 
 @pytest.mark.skipif(bool(gpu_name()), reason="refusals of a machine without a GPU")
+@pytest.mark.long
 def test_a_plan_for_another_machine_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "repository", "tensorrt-rtx", "fp16")
     folder = tmp_path / "repository" / "encoder" / "1"
@@ -280,6 +283,7 @@ def test_damaged_checkpoints_are_named(checkpoint: Path, tmp_path: Path) -> None
     assert not (tmp_path / "repository").exists() or versions(tmp_path / "repository") == []
 
 
+@pytest.mark.long
 def test_calibration_with_other_texts(checkpoint: Path, sample: Path, tmp_path: Path) -> None:
     few, other = tmp_path / "few.csv", tmp_path / "other.csv"
     few.write_text("".join(sample.read_text("utf-8").splitlines(keepends=True)[:25]), "utf-8")

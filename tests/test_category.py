@@ -181,6 +181,7 @@ def test_the_training_table_gives_more_texts(checkpoint: Path, examples: Path, s
     assert len(Checkpoint(tmp_path / "out").sample.train.texts) > 500
 
 
+@pytest.mark.long
 def test_a_version_is_built_and_serves_the_new_category(added: Path, tmp_path: Path) -> None:
     result = build(added, tmp_path / "repository", "openvino", "fp32")
     assert result["agreement"] >= 0.999

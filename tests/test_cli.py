@@ -9,6 +9,7 @@ from aisle.commands.command import simplify_help
 from .conftest import Server, aisle
 
 
+@pytest.mark.long
 def test_train_evaluate_build_as_a_program_calls_them(tmp_path: Path, server: Server, checkpoint: Path) -> None:
     data = tmp_path / "a.jsonl"
     rows = [{"title": f"{'苹果 斤' if i % 2 else '手机壳 款'}{i}", "kind": "ab"[i % 2]} for i in range(600)]

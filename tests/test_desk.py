@@ -374,6 +374,7 @@ def test_an_upload_that_a_kill_cut_off_is_removed(tmp_path: Path) -> None:
 # Drift
 
 
+@pytest.mark.long
 def test_the_drift_of_real_traffic_is_shown_over_time(
     server: Server, checkpoint: Path, sample: Path, tmp_path: Path
 ) -> None:

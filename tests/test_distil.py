@@ -372,6 +372,7 @@ def test_the_prune_command_writes_a_checkpoint_with_the_same_answers(
     assert Checkpoint(tmp_path / "same").decisions == own
 
 
+@pytest.mark.long
 def test_the_frontier_is_measured_through_triton(
     checkpoint: Path, sample: Path, tmp_path: Path, command: Callable[..., Any]
 ) -> None:

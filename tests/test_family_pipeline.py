@@ -89,6 +89,7 @@ def family_logits(model: Any, tokens: list[list[int]]) -> npt.NDArray[np.float32
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.long
 def test_openvino_computes_each_kind_of_graph(name: str, table: Path, tmp_path: Path) -> None:
     texts = texts_of(table)
     write_model(name, tmp_path / "model", texts, LABELS)
@@ -97,6 +98,7 @@ def test_openvino_computes_each_kind_of_graph(name: str, table: Path, tmp_path: 
     assert result["largest_logit_error"] < 1e-3
 
 
+@pytest.mark.long
 def test_a_modernbert_is_trained_distilled_and_built_in_int8(table: Path, tmp_path: Path) -> None:
     write_model("modernbert", tmp_path / "model", texts_of(table), LABELS)
     settings = TrainingSettings(str(tmp_path / "model"), epochs=3, batch_size=16, max_tokens=64, learning_rate=1e-3)

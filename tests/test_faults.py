@@ -87,6 +87,7 @@ def test_callers_of_a_dead_encoder_get_an_error_at_once(served: tuple[subprocess
         assert [type(answer) for answer in classifier.stream([text])] == [Prediction]  # when everything has recovered
 
 
+@pytest.mark.long
 def test_a_step_that_hangs_is_noticed_and_loses_no_row(served: tuple[subprocess.Popen[str], str]) -> None:
     process, url = served
     with Classifier(url) as classifier:

@@ -95,6 +95,7 @@ def test_logits_that_are_not_finite_pass_no_gate(gate: Gate, bad: float) -> None
     assert "Infinity" not in json.dumps(row)
 
 
+@pytest.mark.long
 def test_only_the_text_without_finite_logits_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

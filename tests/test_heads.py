@@ -361,6 +361,7 @@ def test_an_engine_whose_head_differs_is_refused_by_name(
     assert not list((tmp_path / "models").glob("*/1"))
 
 
+@pytest.mark.long
 def test_quantized_and_flat_engines_agree(ckpt: Path, tmp_path: Path) -> None:
     for target, precision in (("openvino", "int8"), ("cuda", "fp16")):
         result = build(ckpt, tmp_path / "models", target, precision)

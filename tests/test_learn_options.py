@@ -85,6 +85,7 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+@pytest.mark.long
 def test_a_hub_that_does_not_answer_is_one_line(silent: str, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": silent, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     data = table(tmp_path / "a.csv", FRUIT, "title,kind")

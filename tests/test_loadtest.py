@@ -61,6 +61,7 @@ def test_closed_then_open_loads_one_row_each(server: Server, sample: Path, tmp_p
     assert "<svg" in page.read_text()
 
 
+@pytest.mark.long
 def test_workers_share_the_load(server: Server, sample: Path, tmp_path: Path) -> None:
     arguments = ["--callers", "2", "--shares", "0.3", "--seconds", "1", "--warm-up", "0.5", "--workers", "2"]
     done = aisle("loadtest", sample, "--url", server.url, *arguments, "--report", tmp_path / "a.html", "--json", env={})

@@ -151,6 +151,7 @@ def test_hints_name_the_extras_that_are_enough(command: str, module: str, served
     assert hint.endswith(f"[{extras}]'")
 
 
+@pytest.mark.long
 def test_servers_are_measured_and_explained_without_torch(tmp_path: Path, server: Server, sample: Path) -> None:
     heavy = ("torch", "transformers", "captum", "openvino", "onnx", "onnxruntime", "matplotlib", "jinja2")
     (tmp_path / "sitecustomize.py").write_text(ABSENT.format(heavy))

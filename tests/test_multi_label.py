@@ -326,6 +326,7 @@ def test_the_gate_compares_sets() -> None:
 
 
 @pytest.mark.parametrize(("target", "precision"), [("openvino", "int8"), ("openvino", "bf16"), ("cuda", "fp16")])
+@pytest.mark.long
 def test_every_target_passes_the_gate(target: str, precision: str, multi: Path, tmp_path: Path) -> None:
     result = build(multi, tmp_path, target, precision)
     assert result["agreement"] >= 0.99

@@ -239,6 +239,7 @@ def without_unknown_token(live: Live) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_unknown_token")
+@pytest.mark.long
 def test_the_desk_says_why_a_canary_was_taken_back(live: Live, desk: DeskClient) -> None:
     with load(live.url, ["🦄 手机壳", *TEXTS], PAUSE) as seen:
         fields = {"retraining": 1, "shadow": 0, "agreement": 0, "canary": 100, "canary_seconds": 1}

@@ -95,6 +95,7 @@ def test_a_server_that_cannot_start_reports_why(repository: Path, server: Server
     assert "the engine cannot be loaded" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.long
 def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "repository", "openvino", "int8")
     texts = ["红富士苹果 5斤装", "手机壳 磨砂防摔", "wireless earbuds"]
@@ -107,6 +108,7 @@ def test_int8_serves_the_same_answers(checkpoint: Path, classifier: Classifier, 
 
 
 @pytest.mark.skipif(bool(gpu_name()), reason="refusal by a machine without a GPU")
+@pytest.mark.long
 def test_a_plan_is_not_served_without_a_gpu(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(checkpoint, tmp_path / "repository", "tensorrt-rtx", "fp16")
     grpc, metrics = free_ports(2)

@@ -134,6 +134,7 @@ def test_fp8_is_close_and_a_saved_engine_loads_unchanged(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+@pytest.mark.long
 def test_a_version_is_built_here_and_runs_on_any_gpu(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
