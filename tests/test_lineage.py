@@ -53,7 +53,7 @@ def test_events_of_openlineage_join_training_and_build(repository: Path, tmp_pat
         ({"settings": {"model": "hfl/chinese-bert"}}, [("model", "hfl/chinese-bert", None)]),
         (
             {
-                "settings": {"model": "/work/first"},
+                "settings": {"model": "/models/first"},
                 "data": {"corrections": [{"file": "fix.csv", "sha256": "c"}], "checkpoint_sha256": "o"},
             },
             [("corrections", "fix.csv", "c"), ("checkpoint", "first", "o")],
