@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +33,7 @@ from aisle.train.fit.pretrain import pretrain
 from aisle.train.fit.train import train
 
 PRETRAINING_EPOCHS = 8
-TIMED_TEXTS, TIMED_STEPS = 4000, 4  # from which the time is estimated
+TIMED_TEXTS, TIMED_STEPS = 4000, 8  # from which the time is estimated
 # The folders of the steps.
 LANGUAGE, PRETRAINED, FROM_SCRATCH, STUDENT = "language", "pretrained", "scratch", "student"
 
@@ -204,11 +203,13 @@ def _seconds_of_epoch(parts: Split, settings: TrainingSettings, device: torch.de
         tokenizer = TextTokenizer(Path(folder, "tokenizer.json"))
     task = Classification(parts._replace(train=few, validation=LabelledTexts([], [])), tokenizer, settings, device)
     model.to(device).train()
-    seconds, texts = 0.0, 0
-    for number, batch in enumerate(islice(task.epoch(0), TIMED_STEPS + 1)):
+    batches = task.epoch(0)
+    sizes = [len(batch) * max(len(task.tokens[row]) for row in batch) for batch in batches]  # padded tokens
+    seconds, timed = 0.0, 0
+    for number, (batch, size) in enumerate(zip(batches[: TIMED_STEPS + 1], sizes, strict=False)):
         start = time.perf_counter()
         torch.autograd.backward(task.loss(model, batch))
         if number:  # the first step is slower
             seconds += time.perf_counter() - start
-            texts += len(batch)
-    return seconds / max(1, texts) * len(parts.train.texts)
+            timed += size
+    return seconds / max(1, timed) * sum(sizes) * len(parts.train.texts) / len(few.texts)
