@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from aisle.errors import InputError
-from aisle.preprocess.tables.table import FaultyRow, as_text, read_rows
+from aisle.files import write_text
+from aisle.preprocess.tables.table import as_text, read_rows, refuse_faulty
 
 MISSING_FACTOR, MISSING_LEAST = 2.0, 0.01  # a proposal allows twice the share of missing values, and 1 % at least
 ROWS_FACTOR = 0.5  # and half of the rows
@@ -125,13 +126,6 @@ class _Column:
                 self.counts = None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, row in enumerate(read_rows(path), start=1):
-        if isinstance(row, FaultyRow):
-            raise InputError(f"{path}, row {number}: {row.fault}")
-        yield number, row
-
-
 def propose(path: Path, label_column: str, today: datetime.datetime) -> Contract:
     """Return a contract that a table keeps.
 
@@ -143,7 +137,7 @@ def propose(path: Path, label_column: str, today: datetime.datetime) -> Contract
         InputError: the table cannot be read, has no row, or lacks the label's column.
     """
     rows, columns = 0, dict[str, _Column]()
-    for _, row in _rows(path):
+    for row in refuse_faulty(read_rows(path), path):
         rows += 1
         for name, value in row.items():
             columns.setdefault(name, _Column())
@@ -190,7 +184,7 @@ def write_contract(contract: Contract, path: Path, made_from: str) -> None:
         lines += ["", "[freshness] # of the newest row", f"column = {_quoted(fresh.column)}", f"days = {fresh.days}"]
     if contract.categories:
         lines += _category_lines(contract.categories)
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _category_lines(rule: CategoryRule) -> list[str]:
@@ -371,7 +365,7 @@ def check(contract: Contract, path: Path, today: datetime.datetime) -> list[str]
         InputError: the table cannot be read.
     """
     found = _Check(contract)
-    for number, row in _rows(path):
+    for number, row in enumerate(refuse_faulty(read_rows(path), path), start=1):
         found.add(number, row)
     return [*found.faults(today)]
 

@@ -20,7 +20,7 @@ import pytest
 
 from aisle.build.repository import MODELS, TEMPLATE
 from aisle.deploy.server import admin as admin_module
-from aisle.deploy.server import apply, logs, served_repository, trial, triton
+from aisle.deploy.server import apply, instances, logs, served_repository, trial, triton
 from aisle.deploy.server.admin import Admin
 from aisle.deploy.server.release import Release, Status
 from aisle.deploy.server.served_repository import ENSEMBLE, ServedRepository
@@ -175,7 +175,9 @@ def test_a_warm_up_that_answers_too_little_is_refused(supervisor: Supervisor) ->
 def test_errors_about_cuda_are_left_out_where_there_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
-    monkeypatch.setattr(logs, "GPU_DEVICES", (str(tmp_path if gpu else tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(instances, "DEVICES", tmp_path)
+    if gpu:
+        (tmp_path / "nvidiactl").touch()
     lines = ["E1126 CUDA memory pool disabled", "E1126 a fault", "W1126 Failed to initialize NVML"]
     with (tmp_path / "log").open("wb") as file:
         log = logs.TritonLog(file.fileno())

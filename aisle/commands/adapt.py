@@ -28,6 +28,7 @@ from aisle.commands.command import Stage, choices, file_to_read, refuse, resumab
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
 from aisle.console import say, show
 from aisle.errors import InputError
+from aisle.train.demand import ACCURACY
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
@@ -277,16 +278,8 @@ def _note_demand(result: dict[str, Any]) -> None:
 def _show_demand(result: dict[str, Any]) -> None:
     if result["output"] == "-":  # stdout has the forecasts
         return
-    columns = {
-        "level": "level",
-        "series": "series",
-        "mase": "MASE",
-        "mase_seasonal_naive": "MASE, seasonal naive",
-        "inside_80": "inside 80 %",
-        "inside_95": "inside 95 %",
-    }
     if result["accuracy"]:
-        show_rows(columns, result["accuracy"], f"the last {result['horizon']} days, forecast without them")
+        show_rows(ACCURACY, result["accuracy"], f"the last {result['horizon']} days, forecast without them")
     for each in result["break_outs"]:
         during = f", during {each['festival']}" if each["festival"] else ""
         show(

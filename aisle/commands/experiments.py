@@ -13,7 +13,7 @@ from aisle.commands.options import takes
 from aisle.commands.tables import reads_tables
 from aisle.console import new_table, stdout
 from aisle.errors import InputError
-from aisle.train.core.settings import TrainingSettings
+from aisle.train.core.settings import PRETRAINING_EPOCHS, TrainingSettings
 
 app = Stage()
 
@@ -104,7 +104,7 @@ def stages(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each stage, each with another seed.")] = 3,
-    pretraining_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the pretraining.")] = 8,
+    pretraining_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the pretraining.")] = PRETRAINING_EPOCHS,
     as_json: Json = False,
 ) -> None:
     """Measure what augmentation, pretraining, distillation and INT8 change, over several seeds.

@@ -12,6 +12,7 @@ from aisle.commands import Json, Precision, Repository, report
 from aisle.commands.command import Stage, file_to_write, refuse
 from aisle.console import say, show
 from aisle.errors import InputError
+from aisle.files import write_text
 
 app = Stage()
 
@@ -40,7 +41,7 @@ def lineage(
     found = run(repository, number)
     if openlineage:
         lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in events(found)]
-        openlineage.write_text("".join(lines), "utf-8")
+        write_text(openlineage, "".join(lines))
     report(found, as_json, _show_lineage)
 
 

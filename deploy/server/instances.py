@@ -40,14 +40,18 @@ def gpus() -> int:
     return max(1, len(list(DEVICES.glob("nvidia[0-9]*"))))
 
 
+def has_gpu() -> bool:
+    """Return whether this machine has the driver of an NVIDIA GPU."""
+    return any(True for name in GPU_DEVICES for _ in DEVICES.glob(name))
+
+
 def check_gpu(version: int, target: str) -> None:
     """Check before Triton starts that a version's engine can run here.
 
     Raises:
         InputError: it needs a GPU, and there is none.
     """
-    found = any(True for name in GPU_DEVICES for _ in DEVICES.glob(name))
-    if target == "openvino" or found or os.environ.get(ON_CPU):
+    if target == "openvino" or has_gpu() or os.environ.get(ON_CPU):
         return
     raise InputError(
         f"version {version} is built for target {target}, which needs an NVIDIA GPU, and this machine has none; serve "

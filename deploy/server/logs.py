@@ -10,14 +10,14 @@ import sys
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import IO
+
+from aisle.deploy.server.instances import has_gpu
 
 # Triton's own lines: level, time (MMDD hh:mm:ss.ssssss, UTC), process, file:line] "message, escaped as in JSON".
 TRITON = re.compile(r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<source>\S+:\d+)\] (?P<message>.*)")
 # Lines of the OpenTelemetry exporter in Triton.
 EXPORTER = re.compile(r"\[(?P<level>\w)\w*\] File: \S*/(?P<source>\S+:\d+) ?(?P<message>.*)")
-GPU_DEVICES = "/dev/nvidiactl", "/dev/dxg"  # of NVIDIA's driver on Linux and in WSL
 NO_GPU = re.compile(
     rb"CUDA driver version is insufficient|CudaDriverHelper has not been|CUDA memory pool disabled"
     rb"|Failed to initialize NVML|DCGM unable to start"
@@ -73,7 +73,7 @@ class TritonLog:
         """
         self.lock_failed = False  # whether Triton failed to lock its shared memory
         self._to = to
-        self._has_gpu = any(Path(device).exists() for device in GPU_DEVICES)
+        self._has_gpu = has_gpu()
         reading, self.descriptor = os.pipe()
         self._thread = threading.Thread(target=self._forward, args=(reading,), daemon=True)
         self._thread.start()

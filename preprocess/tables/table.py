@@ -214,6 +214,18 @@ def checked(rows: Iterable[Row], names: list[str], path: Path, options: str = NA
         raise missing_column(path, lacking[0], list(seen), options)
 
 
+def refuse_faulty(rows: Iterable[Row], path: Path) -> Iterator[Row]:
+    """Yield the rows of a table, none of which may be faulty.
+
+    Raises:
+        InputError: a row cannot be used; the message names it.
+    """
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, FaultyRow):
+            raise InputError(f"{path}, row {number}: {row.fault}")
+        yield row
+
+
 def missing_column(path: Path, name: str, columns: list[str], options: str = NAMING) -> InputError:
     """Return the error for a missing column."""
     has = ", ".join(columns)
@@ -226,9 +238,7 @@ def column(rows: Iterable[Row], names: list[str], path: Path, options: str = NAM
     Raises:
         InputError: a column is missing, or a row cannot be used at all.
     """
-    for number, row in enumerate(checked(rows, names, path, options), start=1):
-        if isinstance(row, FaultyRow):
-            raise InputError(f"{path}, row {number}: {row.fault}")
+    for row in refuse_faulty(checked(rows, names, path, options), path):
         yield tuple(value_of(row, name) for name in names)
 
 

@@ -14,7 +14,7 @@ from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, clean_rows, content_key, prepare, prepare_label
 from aisle.preprocess.labels import Labelling
-from aisle.preprocess.tables.table import FaultyRow, as_text, fingerprint, read_labelled, read_rows
+from aisle.preprocess.tables.table import as_text, fingerprint, read_labelled, read_rows, refuse_faulty
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
@@ -220,9 +220,7 @@ def read_corrections(paths: Sequence[Path], labelling: Labelling = Labelling()) 
     blank = disputed = 0
     for path in paths:
         here: dict[bytes, tuple[int, Correction]] = {}
-        for number, row in enumerate(read_rows(path), start=1):
-            if isinstance(row, FaultyRow):
-                raise InputError(f"{path}, row {number}: {row.fault}")
+        for number, row in enumerate(refuse_faulty(read_rows(path), path), start=1):
             try:
                 row = as_correction(row)
             except Disputed:

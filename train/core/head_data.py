@@ -20,6 +20,7 @@ from aisle.train.core.heads import Head
 from aisle.train.core.split import Split, is_learnt, is_validation
 
 OPTION = "--also"
+NONE = -1  # the number of a missing value
 LONGEST = 64  # characters of a name
 # Outputs of the server, and columns that `aisle classify FILE` writes.
 TAKEN = {
@@ -37,9 +38,9 @@ class HeadData(NamedTuple):
     value_of: Mapping[bytes, str]  # content key of a text -> its value; a text without one teaches the head nothing
 
     def numbers(self, texts: Iterable[str]) -> list[int]:
-        """Return the number of each text's value, and -1 for a text without one."""
+        """Return the number of each text's value, and `NONE` for a text without one."""
         number = {label: i for i, label in enumerate(self.head.labels)}
-        return [number.get(self.value_of.get(content_key(text), ""), -1) for text in texts]
+        return [number.get(self.value_of.get(content_key(text), ""), NONE) for text in texts]
 
 
 def check_names(also: Sequence[str], text_column: str, label_column: str) -> None:
@@ -142,6 +143,6 @@ def notes_of(parts: Split) -> list[str]:
     """Return a line for each head: how many values it has, and how many texts teach it."""
     notes = []
     for each in parts.heads:
-        known = sum(number >= 0 for number in each.numbers(parts.train.texts))
+        known = sum(number != NONE for number in each.numbers(parts.train.texts))
         notes.append(f"attribute {each.head.name}: {len(each.head.labels)} values, {known} texts to train on")
     return notes

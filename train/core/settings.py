@@ -12,6 +12,7 @@ from typing import Any
 from aisle.preprocess import MAX_TOKENS
 
 SCRATCH = "scratch"
+PRETRAINING_EPOCHS = 8  # of the steps that come before a fine-tuning
 
 
 def option(

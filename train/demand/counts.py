@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from functools import lru_cache
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from aisle.console import track
 from aisle.errors import InputError
 from aisle.preprocess.clean import prepare_label
-from aisle.preprocess.tables.table import FaultyRow, Row, as_text, checked, read_rows
+from aisle.preprocess.tables.table import Row, as_text, checked, read_rows, refuse_faulty
 from aisle.preprocess.values import TextError
 
 Floats = npt.NDArray[np.float64]
@@ -67,7 +66,7 @@ def read_counts(path: Path, columns: Columns) -> Counts:
     """
     tally = _Tally(columns)
     names = [name for name in (columns.day, columns.category, columns.count) if name]
-    reading = checked(_usable(path, names), names, path, OPTIONS)
+    reading = checked(refuse_faulty(read_rows(path, names), path), names, path, OPTIONS)
     for number, row in enumerate(track(reading, "reading"), start=1):
         if "words" not in row or columns.category in row:  # the traffic log's counts of words have no category
             tally.add(row, f"{path}, row {number}")
@@ -120,13 +119,6 @@ class _Tally:
                 series[name][day - start] = count
         early = "" if self._columns.until else self._clock.ends_early()
         return Counts(date.fromordinal(start), days, series, self._rows, dict(self._skipped), early)
-
-
-def _usable(path: Path, names: list[str]) -> Iterator[Row]:
-    for number, row in enumerate(read_rows(path, names), start=1):
-        if isinstance(row, FaultyRow):
-            raise InputError(f"{path}, row {number}: {row.fault}")
-        yield row
 
 
 class _Clock:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from aisle.palette import BLUE, GREY, RED
 from aisle.report import Page
+from aisle.train.demand import ACCURACY
 from aisle.train.demand.models import Forecast
 
 if TYPE_CHECKING:
@@ -119,19 +120,11 @@ def _accuracy(page: Page, result: dict[str, Any]) -> None:
     if not result["accuracy"]:
         page.text("The input is too short to measure the forecasts.")
         return
-    columns = {
-        "level": "level",
-        "series": "series",
-        "mase": "MASE",
-        "mase_seasonal_naive": "MASE, seasonal naive",
-        "inside_80": "inside 80 %",
-        "inside_95": "inside 95 %",
-    }
-    page.records(columns, result["accuracy"])
+    page.records(ACCURACY, result["accuracy"])
     page.text(
         f"The last {result['horizon']} days, forecast without them; level 0 is the sum of all. MASE is the mean "
         "absolute error over that of repeating the week before, within the earlier days (Hyndman and Koehler 2006). "
-        "better. The seasonal naive repeats the last week known. The last columns are the shares of days "
+        "Below 1 is better. The seasonal naive repeats the last week known. The last columns are the shares of days "
         "inside the intervals, which are rounded outwards to whole counts."
     )
 

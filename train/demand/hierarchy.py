@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
 from scipy.sparse.linalg import spsolve
 
 from aisle.preprocess.labels import SEPARATOR
+from aisle.train.demand.counts import Floats
 
-Floats = npt.NDArray[np.float64]
 ALL = "all"  # the name of the sum of all categories, at level 0
 OWN = "(other)"  # the name of rows whose category has categories below it
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from aisle.console import say
 from aisle.train.core.calibration import fit_temperature
 from aisle.train.core.checkpoint import Checkpoint
-from aisle.train.core.head_data import HeadData
+from aisle.train.core.head_data import NONE, HeadData
 from aisle.train.core.head_rows import NAME, add_rows, kept_rows, new_rows
 from aisle.train.core.heads import FILE, spans
 from aisle.train.core.metrics import score
@@ -27,7 +27,6 @@ from aisle.train.core.settings import TrainingSettings
 from aisle.train.fit.loss import Loss, RowLoss
 
 WEIGHT = 0.5  # of each attribute in the loss and in the score; the category's is 1
-NONE = -1  # the number of a missing value
 Logits = npt.NDArray[np.float32]
 
 

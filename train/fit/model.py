@@ -35,6 +35,17 @@ TEXTS = 2000
 HEAD = 64  # width of an attention head, as in every BERT of Devlin et al.
 
 
+def new_classifier(texts: Sequence[str], labels: Sequence[str], settings: TrainingSettings) -> tuple[Any, Tokenizer]:
+    """Return the classifier that a training starts from, and its tokenizer.
+
+    Raises:
+        InputError: as `new_bert` or `from_pretrained`.
+    """
+    if settings.from_scratch:
+        return from_scratch(texts, labels, settings)
+    return from_pretrained(settings.model, labels, settings.max_tokens, settings.dropout)
+
+
 def from_scratch(texts: Sequence[str], labels: Sequence[str], settings: TrainingSettings) -> tuple[Any, Tokenizer]:
     """Return a new classifier and its tokenizer, as `new_bert` does."""
     return new_bert(BertForSequenceClassification, texts, settings, **label_names(labels))

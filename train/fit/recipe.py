@@ -24,15 +24,14 @@ from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint, read_labelled
 from aisle.train.core.processes import Processes, processes
 from aisle.train.core.resume import STATE, check_replaceable, folder_beside, identity, working_folder
-from aisle.train.core.settings import SCRATCH, DecisionTargets, StudentSpec, TrainingSettings
+from aisle.train.core.settings import PRETRAINING_EPOCHS, SCRATCH, DecisionTargets, StudentSpec, TrainingSettings
 from aisle.train.core.split import Split, is_learnt, split
 from aisle.train.fit.classification import Classification
 from aisle.train.fit.distil import distil
-from aisle.train.fit.model import check_settings, from_pretrained, from_scratch
+from aisle.train.fit.model import check_settings, new_classifier
 from aisle.train.fit.pretrain import pretrain
 from aisle.train.fit.train import train
 
-PRETRAINING_EPOCHS = 8
 TIMED_TEXTS, TIMED_STEPS = 4000, 8  # from which the time is estimated
 # The folders of the steps.
 LANGUAGE, PRETRAINED, FROM_SCRATCH, STUDENT = "language", "pretrained", "scratch", "student"
@@ -194,10 +193,7 @@ def _seconds_of_epoch(parts: Split, settings: TrainingSettings, device: torch.de
     """Estimate the seconds of an epoch of one process from a few training steps."""
     few = LabelledTexts(parts.train.texts[:TIMED_TEXTS], parts.train.labels[:TIMED_TEXTS])
     settings = plain(settings)
-    if settings.from_scratch:
-        model, backend = from_scratch(few.texts, parts.labels, settings)
-    else:
-        model, backend = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
+    model, backend = new_classifier(few.texts, parts.labels, settings)
     with tempfile.TemporaryDirectory() as folder:
         backend.save(f"{folder}/tokenizer.json")
         tokenizer = TextTokenizer(Path(folder, "tokenizer.json"))

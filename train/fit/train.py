@@ -43,7 +43,7 @@ from aisle.train.fit.crossval import cross_validate
 from aisle.train.fit.heads import add_heads, calibrate_heads, measure_heads, temperatures
 from aisle.train.fit.loop import Hooks, Scalars, fit
 from aisle.train.fit.loss import check_levels
-from aisle.train.fit.model import check_settings, from_pretrained, from_scratch
+from aisle.train.fit.model import check_settings, new_classifier
 from aisle.train.fit.multi_label import MultiLabelClassification, check_multi_label, set_problem
 
 
@@ -247,10 +247,7 @@ def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Process
     """Train on one split, and write the tokenizer to `folder`."""
     torch.manual_seed(settings.seed)
     folder.mkdir(exist_ok=True)
-    if settings.from_scratch:
-        model, backend = from_scratch(parts.train.texts, parts.labels, settings)
-    else:
-        model, backend = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
+    model, backend = new_classifier(parts.train.texts, parts.labels, settings)
     if settings.contrastive:
         model.config.embedding_pooling = "mean"  # it learns sooner than [CLS]
     set_problem(model, parts.train, parts.labels)
