@@ -16,6 +16,7 @@ from aisle.console import say
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess import MAX_TOKENS
+from aisle.preprocess.windows import Windows
 from aisle.train.core import decisions, sample
 from aisle.train.core.checkpoint import FILES, load_classifier
 from aisle.train.core.families import SUPPORTED, check_family, token_limit
@@ -31,16 +32,20 @@ CONVERT_COMMAND = (
 
 
 @contextmanager
-def checkpoint_of(source: Path) -> Iterator[Path]:
+def checkpoint_of(source: Path, max_tokens: int | None = None, windows: int = 1) -> Iterator[Path]:
     """Yield the source itself if `aisle train` made it, else a temporary checkpoint converted from it.
 
     Args:
         source: a folder, or the name of a model on the hub.
+        max_tokens: tokens of a text, or of each of its windows; by default 128, or the model's own limit if it is less.
+        windows: the most windows of a text; only for a model that is converted.
 
     Raises:
         InputError: the source is neither, or cannot be served; the message says what to change.
     """
     if any((source / name).is_file() for name in AISLE_FILES):
+        if windows > 1:
+            raise InputError(f"{source} was trained without --windows {windows}; give the option to aisle train")
         yield source
         return
     folder = source if source.is_dir() else _from_hub(source)
@@ -50,7 +55,7 @@ def checkpoint_of(source: Path) -> Iterator[Path]:
             "fine-tuned classifier, such as a BertForSequenceClassification"
         )
     with tempfile.TemporaryDirectory(prefix="aisle-checkpoint-") as made:
-        _convert(folder, str(source), Path(made))
+        _convert(folder, str(source), Path(made), max_tokens, windows)
         yield Path(made)
 
 
@@ -76,7 +81,7 @@ def _from_hub(source: Path) -> Path:
         ) from None
 
 
-def _convert(folder: Path, name: str, to: Path) -> None:
+def _convert(folder: Path, name: str, to: Path, max_tokens: int | None, windows: int) -> None:
     """Convert a Hugging Face classifier into the files of a checkpoint.
 
     Raises:
@@ -92,7 +97,8 @@ def _convert(folder: Path, name: str, to: Path) -> None:
     _check_weights(folder, name)
     tokenizer = _tokenizer(folder, name)
     model = load_classifier(folder, name)
-    limit = min(MAX_TOKENS, token_limit(model.config))
+    limit = max_tokens or min(MAX_TOKENS, token_limit(model.config))
+    Windows(windows, limit).put_into(model.config)
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
     model.save_pretrained(to)
@@ -100,9 +106,12 @@ def _convert(folder: Path, name: str, to: Path) -> None:
     write_json(to / "labels.json", labels)
     if (folder / decisions.FILE).is_file():
         shutil.copyfile(folder / decisions.FILE, to / decisions.FILE)
-    say(
-        f"{name}: {len(labels)} categories, such as {labels[0]!r}; texts are truncated to {limit} tokens (--max-tokens)"
+    read = (
+        f"texts are truncated to {limit} tokens (--max-tokens)"
+        if windows == 1
+        else f"{windows} windows of {limit} tokens"
     )
+    say(f"{name}: {len(labels)} categories, such as {labels[0]!r}; {read}")
 
 
 def _labels(config: dict[str, Any], name: str) -> list[str]:

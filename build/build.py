@@ -43,6 +43,7 @@ from aisle.files import write_json
 from aisle.preprocess import fast, fields
 from aisle.preprocess.pack import WIDEST
 from aisle.preprocess.tables.table import fingerprint
+from aisle.preprocess.windows import write_count
 from aisle.train.core import decisions, heads, multi_label, sample
 from aisle.train.core.checkpoint import Checkpoint
 
@@ -56,6 +57,7 @@ def build(
     data: DataSource | None = None,
     held_out: TextSource | None = None,
     max_tokens: int | None = None,
+    windows: int = 1,
     gate: Gate | None = None,
     options: compile_tensorrt.CompilerOptions | None = None,
 ) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def build(
         data: labelled texts to calibrate and check with, instead of the checkpoint's own sample.
         held_out: texts to check with, instead of those of the sample or `data`.
         max_tokens: texts are truncated to this number of tokens; by default the checkpoint's own limit.
+        windows: the most windows of a text, of a classifier that Aisle did not train.
         gate: thresholds for the engine, instead of those of its precision in `GATES`.
 
     Raises:
@@ -84,10 +87,9 @@ def build(
     if target in compile_tensorrt.MODULES:
         compile_tensorrt.load_module(target)  # a missing compiler is reported before the work
     gate, options = gate or GATES[precision], options or compile_tensorrt.CompilerOptions()
-    with checkpoint_of(source) as checkpoint:
+    with checkpoint_of(source, max_tokens, windows) as checkpoint:
         loaded = Checkpoint(checkpoint, max_tokens)
-        logits = len(loaded.labels) + heads.width(loaded.heads)
-        spec = EngineSpec(target, precision, loaded.tokenizer.max_tokens, logits, loaded.fingerprint)
+        spec = spec_of(loaded, target, precision)
         if target in compile_tensorrt.MODULES and spec.max_tokens > WIDEST:
             raise InputError(
                 f"{target} takes texts of up to {WIDEST} tokens, not {spec.max_tokens}; lower --max-tokens, or use "
@@ -117,6 +119,14 @@ def build(
     return result
 
 
+def spec_of(checkpoint: Checkpoint, target: str, precision: str) -> EngineSpec:
+    """Return the engine that is asked for, without what the build finds out."""
+    tokenizer, logits = checkpoint.tokenizer, len(checkpoint.labels) + heads.width(checkpoint.heads)
+    return EngineSpec(
+        target, precision, tokenizer.max_tokens, logits, checkpoint.fingerprint, windows=tokenizer.windows
+    )
+
+
 def _tables(checkpoint: Path, data: DataSource | None, held_out: TextSource | None) -> tuple[list[Path], list[str]]:
     """Return the files to calibrate and check with, and the names of their columns."""
     paths = [data.path if data else checkpoint / sample.FILE, *([held_out.path] if held_out else [])]
@@ -127,6 +137,7 @@ def _tables(checkpoint: Path, data: DataSource | None, held_out: TextSource | No
 def _write_text_files(inputs: BuildInputs, checkpoint: Path, folders: dict[str, Path]) -> None:
     """Write what turns texts into tokens, and logits into categories and decisions."""
     inputs.tokenizer.save(folders["tokenizer"] / "tokenizer.json")
+    write_count(folders["tokenizer"], inputs.tokenizer.windows)
     if inputs.checkpoint.fields:
         write_json(folders["tokenizer"] / fields.FILE, inputs.checkpoint.fields)
     write_json(folders["tokenizer"] / fast.DECISION, inputs.tokenizer.decide_fast(inputs.texts))

@@ -14,16 +14,17 @@ from matplotlib.figure import Figure
 
 from aisle.build import compile_tensorrt
 from aisle.build.adopt import checkpoint_of
-from aisle.build.build import build_engine
+from aisle.build.build import build_engine, spec_of
 from aisle.build.cuda_device import gpu_problem
 from aisle.build.cuda_runtime import gpu_name
-from aisle.build.engine import PRECISIONS, EngineSpec, load_engine
+from aisle.build.engine import PRECISIONS, load_engine
 from aisle.build.gate import GATES, accuracy, run_engine, speed
 from aisle.build.inputs import BuildInputs, DataSource, TextSource
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.palette import BLUE, SERIES
 from aisle.plots import legend, percent_axis
+from aisle.preprocess.windows import separate
 from aisle.report import Page
 from aisle.train.core.predict import pad
 
@@ -62,8 +63,7 @@ def _measure(inputs: BuildInputs, checkpoint: Path) -> dict[str, Any]:
     rows = [_pytorch(inputs, checkpoint)]
     for target in targets():
         for precision in PRECISIONS[target]:
-            logits = inputs.places[-1].stop
-            spec = EngineSpec(target, precision, inputs.tokenizer.max_tokens, logits, inputs.checkpoint.fingerprint)
+            spec = spec_of(inputs.checkpoint, target, precision)
             with tempfile.TemporaryDirectory(prefix="aisle-compare-") as folder:
                 row = build_engine(inputs, spec, Path(folder), GATES[precision], compile_tensorrt.CompilerOptions())
                 timed = {}
@@ -107,7 +107,7 @@ def _pytorch(inputs: BuildInputs, checkpoint: Path) -> dict[str, Any]:
     """Measure the checkpoint itself: fp32, every batch padded to its longest text."""
 
     def run(texts: Sequence[Sequence[int]]) -> None:
-        input_ids, attention_mask = pad(texts)
+        input_ids, attention_mask = pad(separate(texts, inputs.tokenizer.max_tokens)[0])
         with torch.inference_mode():
             inputs.model(input_ids=input_ids, attention_mask=attention_mask)
 

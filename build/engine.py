@@ -21,6 +21,7 @@ from aisle.build.repository import max_batch_size
 from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.pack import Packed, pack
+from aisle.preprocess.windows import averaged, counts_of
 
 Ints = npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
@@ -47,6 +48,7 @@ class EngineSpec:
     graph: str = ""  # SHA-256 of the ONNX graph
     vocabulary: int = 0  # number of token ids with an embedding
     embedding: int = 0  # size of the texts' embeddings; 0 in versions that have none
+    windows: int = 1  # the most windows of a text, each of at most `max_tokens` tokens
     runtime: str = ""  # the only runtime that can run it, such as "TensorRT 11.0.0"; "": any version
     device: str = ""  # the only GPU model that can run it, such as "NVIDIA H100 (9.0)"; "": any
 
@@ -117,21 +119,42 @@ class Engine:
         return self.outputs(tokens, lengths)[:, : self.spec.labels]
 
     def outputs(self, tokens: Ints, lengths: Ints, work: defaultdict[str, float] | None = None) -> Outputs:
-        """Return the logits and embeddings of texts laid end to end.
+        """Return the logits and embeddings of texts laid end to end; of a text with several windows, their mean.
 
         Args:
             work: counters to add to: `tokens_useful`, `tokens_computed`, `engine_seconds` and `engine_batches`.
         """
         start = time.perf_counter()
-        outputs, computed = self._runner(tokens, lengths)
-        if len(lengths) > 1 and not np.isfinite(outputs).all():
-            outputs = self._rerun_singly(tokens, lengths, outputs)
+        if self.spec.windows > 1 and lengths.max() > self.spec.max_tokens:
+            outputs, computed = self._run_windows(tokens, lengths)
+        else:
+            outputs, computed = self._run(tokens, lengths)
         if work is not None:
             work["tokens_useful"] += len(tokens)
             work["tokens_computed"] += computed
             work["engine_seconds"] += time.perf_counter() - start
             work["engine_batches"] += 1
         return outputs
+
+    def _run_windows(self, tokens: Ints, lengths: Ints) -> tuple[Outputs, int]:
+        """Run the windows of texts, in as many batches as they need, and average their outputs."""
+        most = self.spec.max_tokens
+        counts = counts_of(lengths, most)
+        own = np.minimum(np.repeat(lengths, counts), most)
+        ends = np.concatenate(([0], np.cumsum(own)))
+        at_once = max(1, min(self.max_texts, self.max_batch_tokens // most))
+        ran = [
+            self._run(tokens[ends[start] : ends[min(start + at_once, len(own))]], own[start : start + at_once])
+            for start in range(0, len(own), at_once)
+        ]
+        return averaged(np.concatenate([outputs for outputs, _ in ran]), counts), sum(computed for _, computed in ran)
+
+    def _run(self, tokens: Ints, lengths: Ints) -> tuple[Outputs, int]:
+        """Return the outputs of texts without windows, and the number of tokens computed."""
+        outputs, computed = self._runner(tokens, lengths)
+        if len(lengths) > 1 and not np.isfinite(outputs).all():
+            outputs = self._rerun_singly(tokens, lengths, outputs)
+        return outputs, computed
 
     def _rerun_singly(self, tokens: Ints, lengths: Ints, outputs: Outputs) -> Outputs:
         """Run texts whose outputs are not finite again, one by one: one NaN spoils all texts of its row."""

@@ -23,6 +23,7 @@ from aisle.preprocess.label_sets import joined
 from aisle.preprocess.pack import Packed, pack
 from aisle.preprocess.tables.table import column, read_rows
 from aisle.preprocess.values import TextError
+from aisle.preprocess.windows import separate
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.families import token_limit
 from aisle.train.core.heads import spans
@@ -136,7 +137,7 @@ class BuildInputs:
         return fp8.largest_inputs(PackedEncoder(self.model).eval(), self._packed(self.sample.train.texts))
 
     def _packed(self, texts: Sequence[str]) -> list[Packed]:
-        tokens = self.tokenizer.tokens(texts)
+        tokens, _ = separate(self.tokenizer.tokens(texts), self.tokenizer.max_tokens)
         batches = [tokens[i : i + CALIBRATION_BATCH_SIZE] for i in range(0, len(tokens), CALIBRATION_BATCH_SIZE)]
         return [
             pack(

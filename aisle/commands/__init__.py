@@ -64,6 +64,12 @@ SaveEvery = Annotated[
     ),
 ]
 LogDir = Annotated[Path | None, typer.Option(callback=folder_to_write, help="Log to TensorBoard here.")]
+TextWindows = Annotated[
+    int,
+    typer.Option(
+        min=1, max=64, help="Read a longer text in up to this number of parts; for models that Aisle did not train."
+    ),
+]
 Precision = Annotated[str | None, choices(precisions, "int8, fp8, fp16, bf16 or fp32.", "fp16 on a GPU, int8 on a CPU")]
 Output = Annotated[
     Path, typer.Option("-o", "--output", callback=folder_to_write, help="The checkpoint folder to write.")

@@ -15,6 +15,7 @@ from aisle.commands import (
     Repository,
     Sample,
     TextColumn,
+    TextWindows,
     report,
     show_rows,
     targets,
@@ -62,6 +63,7 @@ def build(
         int | None,
         typer.Option(help="Tokens of a text; the rest is cut off. A multiple of 64.", show_default="as in training"),
     ] = None,
+    windows: TextWindows = 1,
     gate: Annotated[
         tuple[float, float] | None,
         typer.Option(
@@ -100,6 +102,7 @@ def build(
         data=DataSource(data, text_column, label_column) if data else None,
         held_out=TextSource(held_out, text_column) if held_out else None,
         max_tokens=max_tokens,
+        windows=windows,
         gate=Gate(*gate) if gate else None,
         options=CompilerOptions(workspace_mb, version_compatible, hardware_compatible, timing_cache),
     )

@@ -20,6 +20,7 @@ from aisle.commands import (
     Table,
     TextColumn,
     TextTables,
+    TextWindows,
     check_columns,
     checkpoint_in,
     data_argument,
@@ -125,6 +126,7 @@ def decide(
     untrained: Annotated[
         bool, typer.Option(help="The checkpoint was not trained on DATA; use all its texts but the held-out fifth.")
     ] = False,
+    windows: TextWindows = 1,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "category",
     as_json: Json = False,
@@ -144,11 +146,12 @@ def decide(
         raise InputError(f"{checkpoint}: no such folder; decisions are written into the checkpoint's folder")
     if data is None and not (checkpoint / SAMPLE).is_file():
         raise InputError(f"{checkpoint} has no sample of its texts; name a table of labelled texts after it")
-    with checkpoint_of(checkpoint) as folder:
+    with checkpoint_of(checkpoint, windows=windows) as folder:
         made = run(Opened(folder), data, text_column, label_column, targets, untrained=untrained)
         adopted = folder != checkpoint
     made.save(checkpoint)
     texts = ["--held-out", data, *other_columns(text_column)] if adopted else []
+    texts += ["--windows", str(windows)] if windows > 1 else []
     following = f"decisions in {checkpoint}", "aisle", "build", checkpoint, *texts
     report({"checkpoint": str(checkpoint), **made.summary()}, as_json, _show_decisions, following)
 

@@ -17,6 +17,7 @@ from aisle.loadtest.bench.machine import describe, machine
 from aisle.loadtest.bench.parts import PARTS
 from aisle.palette import BLACK, SERIES
 from aisle.plots import legend, log_axis
+from aisle.preprocess.windows import separate
 from aisle.report import Page
 from aisle.train.core.checkpoint import Checkpoint
 
@@ -68,7 +69,7 @@ def bench(parts: Sequence[str], settings: BenchSettings, page: Path) -> dict[str
     }
     if "engines" in parts:
         source = Checkpoint(checkpoint)
-        tokens = source.tokenizer.tokens(texts[: settings.engine_texts])
+        tokens, _ = separate(source.tokenizer.tokens(texts[: settings.engine_texts]), source.tokenizer.max_tokens)
         rounds = 1 if settings.quick else settings.rounds
         result["engines"] = engines.measure(source.model, tokens, source.tokenizer.max_tokens, rounds)
     if "services" in parts:

@@ -16,10 +16,9 @@ from aisle.console import say, track
 from aisle.errors import InputError
 from aisle.files import write_json
 from aisle.preprocess.clean import LabelledTexts, prepare
-from aisle.preprocess.encode import SPECIAL
+from aisle.preprocess.encode import SPECIAL, TextTokenizer
 from aisle.preprocess.tables.table import read_labelled
 from aisle.preprocess.values import TextError
-from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.predict import pad
 from aisle.train.core.sample import Sample, write_sample
 from aisle.train.fit.model import label_names
@@ -104,7 +103,7 @@ def random_checkpoint(folder: Path, texts: Sequence[str], size: str = "base", la
     write_tokenizer(folder / "tokenizer.json", texts)
     model = random_bert(size, labels)
     chosen = random.Random(0).choices(texts, k=sum(SAMPLE.values()))
-    predicted = spread_out(model, Checkpoint(folder).tokenizer.tokens(chosen))
+    predicted = spread_out(model, TextTokenizer(folder / "tokenizer.json").tokens(chosen))
     model.save_pretrained(folder)
     names = [model.config.id2label[number] for number in range(labels)]
     write_json(folder / "labels.json", names)

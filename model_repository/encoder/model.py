@@ -171,7 +171,7 @@ class TritonPythonModel:
         spec = self.engine.spec
         if not (
             lengths.min() >= 1
-            and lengths.max() <= spec.max_tokens
+            and self.fit(lengths)
             and lengths.sum() == len(tokens)
             and tokens.min() >= 0
             and (not spec.vocabulary or tokens.max() < spec.vocabulary)
@@ -180,12 +180,13 @@ class TritonPythonModel:
         top_ks, with_logits = optional(request, "top_k"), optional(request, "return_logits")
         parameters = request.parameters()
         wanted = with_logits is not None and bool(with_logits.any())
-        embedded = self.asks_for(request, {"embedding"}, self.engine.spec.embedding, NO_EMBEDDINGS)
+        named = self.named(request)
+        embedded = asks_for(named, {"embedding"}, spec.embedding, NO_EMBEDDINGS)
         top_k = ALL_REACHED if self.multi_label and top_ks is None else self.labels.top_k(top_ks)
         unknown = optional(request, "unknown_tokens")
-        attributed = self.asks_for(request, attributes.OUTPUTS, self.attributes, attributes.MISSING)
+        attributed = asks_for(named, attributes.OUTPUTS, self.attributes, attributes.MISSING)
         # The ensemble of attributes has the decisions too; of a version without these they are empty.
-        decided = self.asks_for(request, OUTPUTS, self.decider or attributed, MISSING) and bool(self.decider)
+        decided = asks_for(named, OUTPUTS, self.decider or attributed, MISSING) and bool(self.decider)
         found = self.look_up(tokens, lengths, top_k, wanted or embedded or attributed, kind_of(top_k, decided))
         call = Call(request, top_k, unknown, wanted, embedded, decided, attributed, *found)
         if len(call.missing) < len(call.keys):
@@ -194,20 +195,23 @@ class TritonPythonModel:
         timeout = self.callers.timeout(parameters, request.timeout())
         return QueuedRequest(call, tokens, lengths, is_bulk(parameters), timeout)
 
-    def asks_for(self, request: Any, outputs: Iterable[str], available: Any, missing: str) -> bool:
-        """Return whether a request names one of some outputs.
+    def fit(self, lengths: Any) -> bool:
+        """Return whether texts have at most `max_tokens` tokens or consist of full windows."""
+        spec = self.engine.spec
+        longest = lengths.max()
+        if longest <= spec.max_tokens:
+            return True
+        full = lengths[lengths > spec.max_tokens] % spec.max_tokens == 0
+        return bool(longest <= spec.windows * spec.max_tokens and full.all())
+
+    def named(self, request: Any) -> set[str]:
+        """Return the outputs that a request names.
 
         One that names no output at all, which Triton shows as all outputs, gets no decisions, attributes or embeddings,
         as it gets no logits.
-
-        Raises:
-            InputError: it does, and they are not `available` in this version; the message is `missing`.
         """
         named = set(request.requested_output_names())
-        asks = not named.isdisjoint(outputs) and named != self.outputs
-        if asks and not available:
-            raise InputError(missing)
-        return asks
+        return set() if named == self.outputs else named
 
     def look_up(
         self, tokens: Any, lengths: Any, top_k: int, with_outputs: bool, kind: Kind
@@ -369,6 +373,18 @@ class TritonPythonModel:
         self.batcher.close()
         self.senders.close()
         self.metrics.close()
+
+
+def asks_for(named: set[str], outputs: Iterable[str], available: Any, missing: str) -> bool:
+    """Return whether a request, which names the outputs `named`, asks for one of `outputs`.
+
+    Raises:
+        InputError: it does, and they are not `available` in this version; the message is `missing`.
+    """
+    asks = not named.isdisjoint(outputs)
+    if asks and not available:
+        raise InputError(missing)
+    return asks
 
 
 def kind_of(top_k: int, decided: bool) -> Kind:

@@ -21,7 +21,7 @@ from aisle.preprocess.vocabulary import MANY_UNKNOWN
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
-        self.tokenize = TextTokenizer(folder / "tokenizer.json")
+        self.tokenize = TextTokenizer.of_version(folder)
         self.fields = read_fields(folder)
         counters = ("aisle_texts_total", "aisle_texts_truncated_total", "aisle_texts_unknown_total")
         self.metrics = Metrics(args["model_version"], args["model_instance_name"], *counters)

@@ -31,6 +31,8 @@ from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import fingerprint
+from aisle.preprocess.windows import KEY as WINDOWS
+from aisle.preprocess.windows import Windows
 from aisle.train.core.decisions import Decisions
 from aisle.train.core.families import check_family
 from aisle.train.core.heads import FILE as HEADS
@@ -148,8 +150,22 @@ class Checkpoint:
             raise InputError(f"{self.folder} has further heads ({names}), which {work} would drop; see train --also")
 
     @cached_property
+    def windows(self) -> Windows | None:
+        """How much of a long text it reads; None: as much as fits the token limit."""
+        _ = self.labels  # which checks that all files are there
+        found = _read_config(self.folder).get(WINDOWS)
+        try:
+            windows = Windows(**found) if found else None
+        except TypeError as error:
+            raise InputError(f"{self.folder}/config.json is damaged: {WINDOWS}: {error}") from None
+        if windows and self._max_tokens not in (None, windows.tokens):
+            raise InputError(f"{self.folder} has windows of {windows.tokens} tokens; leave --max-tokens out")
+        return windows
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self.folder / "tokenizer.json", self._max_tokens)
+        windows = self.windows
+        return TextTokenizer(self.folder / "tokenizer.json", self._max_tokens, windows.count if windows else 1)
 
     @cached_property
     def model(self) -> Any:

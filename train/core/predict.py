@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aisle.console import track
 from aisle.errors import InputError
+from aisle.preprocess.windows import Windows, averaged, separate
 from aisle.train.core.added import Below, mean_hidden
 from aisle.train.core.families import embedding_pooling, output_layer
 from aisle.train.core.head_rows import values_of
@@ -24,12 +25,16 @@ Tokens = Sequence[Sequence[int]]
 def logits_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
     """Return logits [texts, labels] in fp32; batches hold texts of similar length. Those of further heads come last.
 
+    Of a text with several windows they are the mean.
+
     Raises:
         InputError: a logit is not finite.
     """
-    logits = np.empty((len(tokens), model.config.num_labels + values_of(model)), np.float32)
-    for batch, output, _ in _run(model, tokens, description):
-        logits[batch] = output.logits.float().cpu().numpy()
+    windows, counts = _windows(model, tokens)
+    found = np.empty((len(windows), model.config.num_labels + values_of(model)), np.float32)
+    for batch, output, _ in _run(model, windows, description):
+        found[batch] = output.logits.float().cpu().numpy()
+    logits = averaged(found, counts)
     if not np.isfinite(logits).all():
         raise InputError(
             "the model's logits are not finite: training diverged; train it again with a lower learning rate"
@@ -39,12 +44,12 @@ def logits_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.fl
 
 def embeddings_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
     """Return embeddings [texts, hidden] of length 1 in fp32, as the engine returns them."""
-    found = np.empty((len(tokens), model.config.hidden_size), np.float32)
+    windows, counts = _windows(model, tokens)
+    found = np.empty((len(windows), model.config.hidden_size), np.float32)
     with last_hidden_states(model) as hidden:
-        for batch, _, attention_mask in _run(model, tokens, description):
-            vectors = pooled(model.config, hidden.pop(), attention_mask.sum(dim=1))
-            found[batch] = F.normalize(vectors.float(), dim=1).cpu().numpy()
-    return found
+        for batch, _, attention_mask in _run(model, windows, description):
+            found[batch] = pooled(model.config, hidden.pop(), attention_mask.sum(dim=1)).float().cpu().numpy()
+    return F.normalize(torch.from_numpy(averaged(found, counts)), dim=1).numpy()
 
 
 def features_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.float32]:
@@ -55,14 +60,21 @@ def features_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.
     layer, seen = output_layer(model), list[Tensor]()
     below = Below(model)
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    found = np.empty((len(tokens), layer.in_features + model.config.hidden_size), np.float32)
+    windows, counts = _windows(model, tokens)
+    found = np.empty((len(windows), layer.in_features + model.config.hidden_size), np.float32)
     try:
-        for batch, _, _ in _run(model, tokens, description):
+        for batch, _, _ in _run(model, windows, description):
             found[batch] = torch.cat([seen.pop().float(), below.mean()], dim=1).cpu().numpy()
     finally:
         hook.remove()
         below.remove()
-    return found
+    return averaged(found, counts)
+
+
+def _windows(model: Any, tokens: Tokens) -> tuple[Tokens, npt.NDArray[np.integer[Any]]]:
+    """Return what the model reads at once, and how many of these each text has: its windows, or the text itself."""
+    windows = Windows.of_config(model.config)
+    return separate(tokens, windows.tokens) if windows else (tokens, np.ones(len(tokens), np.int64))
 
 
 def _run(model: Any, tokens: Tokens, description: str) -> Iterator[tuple[list[int], Any, Tensor]]:

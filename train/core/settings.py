@@ -64,6 +64,9 @@ class TrainingSettings:
     weight_decay: float = option(0.01, "Weight decay of AdamW.", low=0, high=10)
     dropout: float = option(0.1, "Share of the activations that a training step drops.", low=0, high=0.9)
     max_tokens: int = option(MAX_TOKENS, "Tokens of a text; the rest is cut off.", low=8, high=8192)
+    windows: int = option(
+        1, "Read a longer text in up to this number of parts of --max-tokens; logits are averaged.", low=1, high=64
+    )
     seed: int = option(0, "Seed of the random numbers.", low=0, high=2**32 - 1)
     augment: tuple[str, ...] = option(
         (), "Vary texts by a technique of augmentation; repeatable.", choices=augmentations

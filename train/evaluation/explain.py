@@ -34,6 +34,8 @@ def explain(
     local = CheckpointPredictor(source) if source else None
     with open_predictor(local, url) as predictor:
         readings = [read(text, local.tokenizer if local else None) for text in prepared]
+        if source:
+            _check_one_window(readings, source)
         predictions, weights, attributions = attribute(readings, local, predictor)
     result = {
         "checkpoint": str(checkpoint) if checkpoint else None,
@@ -46,6 +48,19 @@ def explain(
 
         write_explanations(result, report)
     return result
+
+
+def _check_one_window(readings: Sequence[Reading], checkpoint: Checkpoint) -> None:
+    """Check that the model reads each text at once.
+
+    Raises:
+        InputError: a text has several windows, which integrated gradients do not explain together.
+    """
+    most = checkpoint.tokenizer.max_tokens
+    if long := next((each for each in readings if len(each.tokens) > most), None):
+        raise InputError(
+            f"{long.text[:40]!r}… has more than the {most} tokens of a window; explain it through a server alone: --url"
+        )
 
 
 def explanations(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from aisle.preprocess.encode import TextTokenizer
+from aisle.preprocess.windows import one_of_each
 from aisle.train.core.predict import logits_of, pad
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split
@@ -39,7 +40,8 @@ class Classification:
         self.device = device
         self.augmenter = Augmenter(settings.augment, settings.seed, settings.augment_rate) if settings.augment else None
         self.augmented: Sequence[str] = self.texts  # this epoch's texts, before unknown characters are put in
-        self.plain_tokens = tokenizer.tokens(self.texts)  # the token ids of `augmented`
+        self.whole_tokens = tokenizer.tokens(self.texts)  # the token ids of `augmented`
+        self.plain_tokens = self.whole_tokens  # of these, what this epoch reads: of a long text one window
         backend = tokenizer.tokenizer
         self.unknowns = Unknowns(backend, self.texts, settings.seed) if isolates(backend) else None
         self.tokens = self.plain_tokens  # this epoch's token ids
@@ -68,14 +70,22 @@ class Classification:
     def epoch(self, number: int) -> list[list[int]]:
         if self.augmenter:
             self.augmented = self.augmenter.texts(self.texts, number)
-            self.plain_tokens = self.tokenizer.varied_tokens(self.augmented)
+            self.whole_tokens = self.tokenizer.varied_tokens(self.augmented)
+        self.plain_tokens = self._read_in(number, self.whole_tokens)
         self.tokens = list(self.plain_tokens)
         if self.unknowns:
             changed = self.unknowns.put(self.augmented, self.plain_tokens, number)
-            for row, ids in zip(changed, self.tokenizer.tokens(list(changed.values())), strict=True):
+            tokens = self._read_in(number, self.tokenizer.tokens(list(changed.values())), list(changed))
+            for row, ids in zip(changed, tokens, strict=True):
                 self.tokens[row] = ids
         shuffler = random.Random(f"{self.settings.seed} {number}")
         return list(like_lengths(self.tokens, self.settings.batch_size, shuffler, self.units(shuffler)))
+
+    def _read_in(self, epoch: int, tokens: list[list[int]], rows: Sequence[int] | None = None) -> list[list[int]]:
+        """Return what an epoch reads of the texts in these rows, by default all: one window of each, at random."""
+        rows = range(len(tokens)) if rows is None else rows
+        seeds = (f"{self.settings.seed} {epoch} {row}" for row in rows)
+        return one_of_each(tokens, self.tokenizer.max_tokens, seeds)
 
     def units(self, shuffler: random.Random) -> list[tuple[int, ...]] | None:
         """Return the rows that a batch keeps side by side; None if there are none."""

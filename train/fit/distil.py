@@ -24,6 +24,7 @@ from aisle.errors import InputError
 from aisle.preprocess.clean import clean_rows, content_key
 from aisle.preprocess.encode import TextTokenizer
 from aisle.preprocess.tables.table import fingerprint, read_labelled
+from aisle.preprocess.windows import Windows
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.families import LAYER, dropout_settings
 from aisle.train.core.linear import LinearTeacher
@@ -74,7 +75,8 @@ def distil(
     check_replaceable(out, "training.json", overwrite)
     checkpoints = [Checkpoint(folder) for folder in folders]
     labels = checkpoints[0].labels
-    settings = replace(settings, max_tokens=checkpoints[0].tokenizer.max_tokens)
+    read = checkpoints[0].tokenizer
+    settings = replace(settings, max_tokens=read.max_tokens, windows=read.windows)
     check_settings(settings)
     if settings.from_scratch:
         check_student(AutoConfig.from_pretrained(folders[0], local_files_only=True), spec)
@@ -181,7 +183,8 @@ def _learn(
         student, backend = from_pretrained(settings.model, parts.labels, settings.max_tokens, settings.dropout)
         backend.save(str(file))
         basis = None
-    tokenizer = TextTokenizer(file)
+    tokenizer = TextTokenizer(file, windows=settings.windows)
+    Windows(settings.windows, tokenizer.max_tokens).put_into(student.config)
     if spec.hidden_weight and tokenizer.tokens(parts.train.texts) != teachers.tokenizers[0].tokens(parts.train.texts):
         say("the student's tokens differ from the teacher's: hidden states are not compared")
         spec = replace(spec, hidden_weight=0.0)
@@ -357,7 +360,7 @@ class Distillation(Classification):
         self.labelled = len(self.texts)
         self.texts = self.augmented = [*self.texts, *further]
         if not self.augmenter:
-            self.plain_tokens = [*self.plain_tokens, *tokenizer.tokens(further)]
+            self.whole_tokens = [*self.whole_tokens, *tokenizer.tokens(further)]
         self.spec = spec
         self.teachers = teachers
         self.bf16 = world.bf16

@@ -108,7 +108,7 @@ def prune_vocabulary(
     padding = keep.index(padding) if padding in keep else None
     model.set_input_embeddings(torch.nn.Embedding(len(keep), old.shape[1], padding, _weight=old[keep].clone()))
     model.config.vocab_size, model.config.pad_token_id = len(keep), padding
-    return TextTokenizer(file), {"vocabulary": {"before": len(old), "after": len(keep)}}
+    return TextTokenizer(file, windows=tokenizer.windows), {"vocabulary": {"before": len(old), "after": len(keep)}}
 
 
 def needed(tokenizer: Tokenizer, texts: Sequence[str], least: int) -> list[int]:

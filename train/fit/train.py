@@ -19,6 +19,7 @@ from aisle.preprocess.fields import columns_of
 from aisle.preprocess.label_sets import indicators, note_on_sets
 from aisle.preprocess.labels import Labelling, sets_note
 from aisle.preprocess.tables.table import fingerprint, read_labelled
+from aisle.preprocess.windows import Windows
 from aisle.train.core.calibration import fit_sigmoid_temperature, fit_temperature
 from aisle.train.core.checkpoint import write_checkpoint
 from aisle.train.core.decision_fit import fit_decisions
@@ -254,7 +255,8 @@ def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Process
     model = add_heads(model, parts.heads, settings.model)
     # Load the file as the server does.
     backend.save(str(folder / "tokenizer.json"))
-    tokenizer = TextTokenizer(folder / "tokenizer.json")
+    tokenizer = TextTokenizer(folder / "tokenizer.json", windows=settings.windows)
+    Windows(settings.windows, tokenizer.max_tokens).put_into(model.config)
     task = task_for(parts, settings)(parts, tokenizer, settings, world.device)
     history = fit(model, task, settings, world, hooks)
     return Learnt(model.eval(), tokenizer, task, history)

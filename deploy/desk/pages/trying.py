@@ -93,6 +93,6 @@ def _what_is_read(desk: Desk, prepared: str, version: int) -> tuple[str, str]:
         return prepared, ""
     from aisle.train.evaluation.attribution import read
 
-    tokenizer = TextTokenizer(desk.options.repository / "tokenizer" / str(version) / "tokenizer.json")
+    tokenizer = TextTokenizer.of_version(desk.options.repository / "tokenizer" / str(version))
     text = read(prepared, tokenizer).text
     return text, prepared[len(text) :]
