@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from aisle.client.classifier import Classifier
 from aisle.client.protocol import Failure, Prediction
+from aisle.client.taxonomy import ADDED, Counterpart, mapped
 from aisle.client.wire import Wanted
 from aisle.errors import InputError
 from aisle.preprocess.fields import columns_of
@@ -70,6 +71,7 @@ def classify_file(
     decisions: bool | None = None,
     shard: Shard | None = None,
     attributes: bool = False,
+    taxonomy: Mapping[str, Counterpart] | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
@@ -88,6 +90,7 @@ def classify_file(
         shard: classify this share of the rows alone, and write its part file beside `out`. All shards together hold
             each row once, in order.
         attributes: write each attribute of the model too, and its confidence.
+        taxonomy: write the counterpart of each category too.
 
     Raises:
         InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
@@ -108,6 +111,8 @@ def classify_file(
     classifier.probe(top_k, decisions=wanted.decisions, attributes=attributes, bulk=True)
     sets = models.multi_label and top_k is None
     added = _set_types(kind) if sets else _added_types(wanted, models.attributes)
+    if taxonomy:
+        added = {**dict.fromkeys(ADDED, added["category"]), **added}
     names = _renames(columns, added)
     found: Counter[str] = Counter()
     try:
@@ -117,7 +122,7 @@ def classify_file(
             answers = track(_answers(classifier, source, text_column, wanted, rest), len(rest))
             versions = _record(answers, journal, path, done, models, _set_columns if sets else _answer_columns)
             with replacing(out) as writing:
-                edits = partial(_edits, path, added, found)
+                edits = partial(_edits, path, added, found, taxonomy or {})
                 write_edited(source, writing, edits, columns, added, names, kind, part if shard else None)
             path.unlink()
     except OSError as error:
@@ -130,6 +135,7 @@ def classify_file(
         "resumed_from": done.rows,
         "errors": found["error"],
         "warnings": found["warning"],
+        **({"unmapped": found["unmapped"]} if taxonomy else {}),
         "versions": {str(version): rows for version, rows in sorted(versions.items())},
         "renamed": names,
         "multi_label": models.multi_label,
@@ -202,11 +208,16 @@ def _record(
     return versions
 
 
-def _edits(path: Path, added: Mapping[str, type], found: Counter[str]) -> Iterator[Row]:
-    """Yield the new columns of each row, and count errors and warnings."""
+def _edits(
+    path: Path, added: Mapping[str, type], found: Counter[str], taxonomy: Mapping[str, Counterpart]
+) -> Iterator[Row]:
+    """Yield the new columns of each row, and count errors, warnings and rows without a counterpart in a taxonomy."""
     found.clear()  # this is called twice for Parquet
     for row in _read_journal(path):
         found.update(name for name in ("error", "warning") if row.get(name) is not None)
+        if taxonomy and row.get("category"):
+            row |= mapped(row["category"], taxonomy)
+            found["unmapped"] += not row["taxonomy"]
         yield {name: _in_type(row.get(name), kind) for name, kind in added.items()}
 
 

@@ -9,14 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from aisle.commands import Checkpoint, Json, LabelColumn, Output, Overwrite, TextColumn, report, show_rows
+from aisle.commands import (
+    Checkpoint,
+    Json,
+    LabelColumn,
+    Output,
+    OutputTable,
+    Overwrite,
+    TextColumn,
+    report,
+    show_rows,
+)
 from aisle.commands.command import Group, Stage, file_to_read, refuse
-from aisle.commands.tables import reads_tables
+from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
 from aisle.console import say
 from aisle.errors import InputError
 
 app = Stage()
-group = Stage(cls=Group, help="Add, merge, rename and move categories of a checkpoint, without training.")
+group = Stage(cls=Group, help="Add, merge, rename, move and map categories of a checkpoint, without training.")
 app.add_typer(group, name="category")
 
 Data = Annotated[
@@ -118,6 +128,46 @@ def move(
     with _opened(checkpoint) as folder:
         result = run(folder, old, new, out, overwrite=overwrite)
     _report(result, checkpoint, as_json)
+
+
+@group.command("map")
+@reads_tables
+@writes_tables
+def map_(
+    ctx: typer.Context,
+    checkpoint: Checkpoint,
+    taxonomy: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TAXONOMY", callback=file_to_read, help="Google's or Shopify's text file: a path in each line."
+        ),
+    ],
+    out: OutputTable,
+    data: Data = None,
+    candidates: Annotated[int, typer.Option(min=1, max=20, help="Proposals for each category.")] = 3,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "category",
+    as_json: Json = False,
+) -> None:
+    """Propose for each category the entries of another taxonomy that it corresponds to, for a person to confirm.
+
+    Write yes under `confirmed` in the rows that are right; `aisle classify FILE --taxonomy TABLE` uses these.
+    """
+    _needs_data(ctx, data, "text_column")
+    refuse_two_on_stdout(out, as_json)
+    from aisle.train.categories.taxonomy import propose
+
+    with _opened(checkpoint, data, needs_texts=True) as folder:
+        table = _table(data, text_column, label_column)
+        result = propose(folder, taxonomy, out, table=table, candidates=candidates)
+    done = f"{result['categories']} categories with proposals in {out}; write yes under confirmed where one is right"
+    following = (done, "aisle", "classify", "FILE", "-o", "classified.csv", "--taxonomy", out)
+    report(result, as_json, _show_best, () if str(out) == "-" else following)
+
+
+def _show_best(result: dict[str, Any]) -> None:
+    if result["output"] != "-":
+        show_rows({"category": "category", "taxonomy": "best proposal", "score": "score"}, result["best"])
 
 
 @contextmanager

@@ -258,6 +258,13 @@ def classify(
     also: Annotated[
         bool, typer.Option("--also/--no-also", help="Add each attribute that the model knows, and its confidence.")
     ] = False,
+    taxonomy: Annotated[
+        Path | None,
+        typer.Option(
+            callback=file_to_read,
+            help="Also write each category's counterpart, from a table of `aisle category map`.",
+        ),
+    ] = None,
     text_column: TextColumn = "text",
     timeout: Timeout = 10.0,
     log: Annotated[
@@ -277,10 +284,12 @@ def classify(
     """Classify texts, or every row of a file. A file that was stopped resumes."""
     from aisle.client import Classifier, TrafficLog
     from aisle.client.bulk import classify_file
+    from aisle.client.taxonomy import read_mapping
     from aisle.preprocess.tables.shard import read_shard
 
     _check_classify(ctx, what, out, log, keep_text, as_json)
     share = read_shard(shard) if shard else None
+    counterparts = read_mapping(taxonomy) if taxonomy else None
     with (
         TrafficLog(log, keep_text) if log else nullcontext() as traffic,
         Classifier.from_environment(url, timeout=timeout, log=traffic) as classifier,
@@ -297,6 +306,7 @@ def classify(
                     decisions=decisions,
                     shard=share,
                     attributes=also,
+                    taxonomy=counterparts,
                 )
             written = Path(result["output"])
             report(result, as_json, lambda _: None, _after_file(result, written, text_column))
@@ -447,6 +457,8 @@ def _check_texts_or_file(ctx: typer.Context, what: list[str], out: Path | None) 
 def _after_file(result: dict[str, Any], out: Path, text_column: str) -> tuple[object, ...]:
     """Return what is done, and the next step. Only rows with one category each can be reviewed."""
     done = f"{result['rows']} rows, {result['errors']} errors, {result['warnings']} warnings in {out}"
+    if result.get("unmapped"):
+        done += f"; {result['unmapped']} rows have a category without a confirmed counterpart"
     text_column = result["renamed"].get(text_column, text_column)
     columns = other_columns(text_column)
     if str(out) == "-" or result["multi_label"] or result["errors"] == result["rows"]:
@@ -488,7 +500,7 @@ def demo(
     report(result, as_json, _show_demo, (f"version {result['version']} in {repository}", "aisle", "serve", *others))
 
 
-FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard")
+FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard", "taxonomy")
 
 
 def is_file(text: str) -> bool:
