@@ -271,3 +271,27 @@ def test_a_webhook_that_fails_is_told(path: str, complaint: str, tmp_path: Path,
 def test_half_a_check_is_refused(words: tuple[str, ...], complaint: str) -> None:
     done = aisle("watch", *words)
     assert (done.returncode, done.stderr) == (2, f"aisle: {complaint}\n")
+
+
+def test_what_would_fail_only_later_is_refused_before_the_checks(tmp_path: Path) -> None:
+    """A webhook with a wrong address is noticed on the first run, and not when a check fails."""
+    table = tmp_path / "table.csv"
+    table.write_text("text,category\na,b\nc,d\n")
+    contract = tmp_path / "contract.toml"
+    contract.write_text("")
+    done = aisle("watch", table, "--contract", contract, "--webhook", "ftp://shop/hook")
+    assert done.returncode == 2
+    assert "--webhook takes an address that starts with https:// or http://" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--propose-contract", "--log"])
+def test_what_is_no_table_is_not_written_to_standard_output(option: str, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("text,category\na,b\n")
+    command = "clean" if option == "--propose-contract" else "classify"
+    done = aisle(command, table, "-o", tmp_path / "out.csv", option, "-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"aisle: {option} -: this is not written to standard output; name a file\n",
+    )
+    assert not (tmp_path / "out.csv").exists()

@@ -18,6 +18,7 @@ from aisle.console import detect_closed_output
 from aisle.errors import InputError, Stopped
 
 FOLDERS = "aisle.folders"  # key in the context's `meta`: the folders that the command will write into
+ON_STDOUT = ("out", "label_errors")  # options whose "-" is standard output
 
 
 class Command(TyperCommand):
@@ -199,12 +200,14 @@ def refuse(ctx: typer.Context, *names: str, because: str) -> None:
         raise InputError(f"{', '.join(ignored)}: {because}")
 
 
-def file_to_write(ctx: typer.Context, path: Path | None) -> Path | None:
+def file_to_write(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Check before the work that a file can be written. Its folder is made when the work begins.
 
     Raises:
-        InputError: it cannot; the message says why.
+        InputError: it cannot; the message says why. Also if it is "-" and the option takes no standard output.
     """
+    if str(path) == "-" and param.name not in ON_STDOUT:
+        raise InputError(f"{param.opts[0]} -: this is not written to standard output; name a file")
     if path is not None and path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; name a file")
     if path is not None and path.exists() and not path.is_file():
@@ -212,7 +215,7 @@ def file_to_write(ctx: typer.Context, path: Path | None) -> Path | None:
     return _to_write(ctx, path)
 
 
-def page_to_write(ctx: typer.Context, path: Path | None) -> Path | None:
+def page_to_write(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
     """As `file_to_write`, for an HTML page.
 
     Raises:
@@ -220,7 +223,7 @@ def page_to_write(ctx: typer.Context, path: Path | None) -> Path | None:
     """
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report {path}: the report is an HTML page; name it .html")
-    return file_to_write(ctx, path)
+    return file_to_write(ctx, param, path)
 
 
 def folder_to_write(ctx: typer.Context, path: Path | None) -> Path | None:

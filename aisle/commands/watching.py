@@ -46,8 +46,10 @@ def watch(
     as_json: Json = False,
 ) -> None:
     """Check the contract of a table, drift, and accuracy on fresh labels. Exit code 3 if one of them fails."""
-    from aisle.pipelines.watch import check_accuracy, check_contract, check_drift, notify, run_checks
+    from aisle.pipelines.watch import check_accuracy, check_contract, check_drift, check_webhook, notify, run_checks
 
+    if webhook:
+        check_webhook(webhook)
     _check_pairs(ctx, data=data, contract=contract)
     _check_pairs(ctx, checkpoint=checkpoint, log=log)
     _check_pairs(ctx, labels=labels, least=least)

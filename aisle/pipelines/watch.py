@@ -59,15 +59,22 @@ def run_checks(checks: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any
     return {"ok": all(each["ok"] for each in results), "time": now().isoformat(timespec="seconds"), "checks": results}
 
 
+def check_webhook(url: str) -> None:
+    """Check before the work that a webhook can be called.
+
+    Raises:
+        InputError: the address is not one of http or https.
+    """
+    if not url.startswith(("https://", "http://")):
+        raise InputError("--webhook takes an address that starts with https:// or http://")
+
+
 def notify(url: str, result: dict[str, Any]) -> None:
     """Send a result as JSON by HTTP POST, with a `text` of all reasons, which chat services show.
 
     Raises:
-        InputError: the address is not one of http or https.
         ServerError: it does not accept the message. The message does not show the address, which may be a secret.
     """
-    if not url.startswith(("https://", "http://")):
-        raise InputError("--webhook takes an address that starts with https:// or http://")
     lines = [f"{each['check']}: {reason}" for each in result["checks"] for reason in each["reasons"]]
     body = json.dumps({"text": "\n".join(["aisle watch", *lines]), **result}, ensure_ascii=False).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
