@@ -63,7 +63,9 @@ def inputs_of(training: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "file" in data:
         cleaning = data.get("cleaning", {})
         rows = {name: cleaning[name] for name in ("rows_in", "rows_kept") if name in cleaning}
-        yield {"kind": "table", "name": data["file"], "sha256": data["sha256"], "columns": data["columns"], **rows}
+        columns = [*data["columns"], *data.get("also", ())]
+        labels = {name: data[name] for name in ("labelling",) if name in data}
+        yield {"kind": "table", "name": data["file"], "sha256": data["sha256"], "columns": columns, **labels, **rows}
     for kind in ("corrections", "extra"):
         for each in data.get(kind, ()):
             yield {"kind": kind, "name": each["file"], "sha256": each["sha256"]}
@@ -86,12 +88,19 @@ def events(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     checkpoint = found["checkpoint"]
     built = found["built"]["time"]
-    made = _dataset("checkpoint", "checkpoint", checkpoint["sha256"])
+    made = _dataset("checkpoint", checkpoint["sha256"][:16], checkpoint["sha256"])
     if found["inputs"]:
-        read = [_dataset(each["kind"], each["name"], each["sha256"]) for each in found["inputs"]]
+        read = [_read(each) for each in found["inputs"]]
         yield _event("train", checkpoint["sha256"], checkpoint.get("time") or built, read, made)
-    version = _dataset("version", str(found["version"]), found["fingerprint"])
+    version = _dataset("version", f"{found['version']} {found['fingerprint'][:16]}", found["fingerprint"])
     yield _event("build", found["fingerprint"], built, [made], version)
+
+
+def _read(each: dict[str, Any]) -> dict[str, Any]:
+    """Return an input as a dataset; of a checkpoint, the one that the event of its training made."""
+    if each["kind"] in ("checkpoint", "teacher"):
+        return _dataset("checkpoint", each["sha256"][:16], each["sha256"])
+    return _dataset(each["kind"], each["name"], each["sha256"])
 
 
 def _dataset(kind: str, name: str, sha256: str | None) -> dict[str, Any]:

@@ -25,8 +25,17 @@ from aisle.preprocess.tables import columnar
 from aisle.preprocess.tables.opening import STDIO, Reading, kind_of, local, reading
 from aisle.preprocess.tables.shard import Shard
 from aisle.preprocess.tables.sheets import require_fit
-from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_range, read_rows, to_send
-from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
+from aisle.preprocess.tables.table import (
+    FaultyRow,
+    Row,
+    fingerprint,
+    header_of,
+    missing_column,
+    read_range,
+    read_rows,
+    to_send,
+)
+from aisle.preprocess.tables.writing import output_kind, refuse_same, remove_unfinished, replacing, write_edited
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 
@@ -117,6 +126,7 @@ def classify_file(
     found: Counter[str] = Counter()
     try:
         with _open_journal(out) as (path, journal):
+            remove_unfinished(out)
             done = _resume(journal, path, _job(source, text_column, wanted, sets, shard))
             rest = part[done.rows :]
             answers = track(_answers(classifier, source, text_column, wanted, rest), len(rest))
@@ -372,8 +382,10 @@ def scan_source(
             for value in row.values():
                 require_fit(value, sheet, read)
     total = total or read
+    if not total and kind_of(source) in ("csv", "tsv"):
+        columns.update(dict.fromkeys(header_of(source)))
     lacking = next((name for name in columns_of(text_column) if name not in columns), None)
-    if total and lacking is not None:
+    if columns and lacking is not None:
         raise missing_column(source, lacking, list(columns))
     return list(columns), total
 

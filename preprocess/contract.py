@@ -24,6 +24,7 @@ MISSING_FACTOR, MISSING_LEAST = 2.0, 0.01  # a proposal allows twice the share o
 ROWS_FACTOR = 0.5  # and half of the rows
 APART = 0.2  # and shares of categories that differ by so much in all
 DAYS_FACTOR, DAYS_LEAST = 2, 7  # and twice the age of the newest row, and a week at least
+AHEAD = datetime.timedelta(days=1)  # a date may be so far ahead of now, because it may be of another time zone
 MOST_CATEGORIES = 5000  # a column with more different values is not proposed as that of the categories
 
 
@@ -68,6 +69,10 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def date_of(value: Any) -> datetime.datetime | None:
@@ -216,9 +221,11 @@ def read_contract(path: Path) -> Contract:
         InputError: it is not TOML, or an entry is unknown or of the wrong type; the message names it.
     """
     try:
-        found = tomllib.loads(path.read_text("utf-8"))
+        found = tomllib.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a contract: {error}") from None
+    if not found:
+        raise InputError(f"{path} is empty, so it checks nothing; aisle clean --propose-contract writes an example")
     try:
         columns = {name: _made(ColumnRule, each, f"columns.{name}") for name, each in found.pop("columns", {}).items()}
         parts: dict[str, Any] = {"columns": columns}
@@ -229,8 +236,8 @@ def read_contract(path: Path) -> Contract:
     except (TypeError, AttributeError, InputError) as error:
         raise InputError(f"{path}: {error}; aisle clean --propose-contract writes one as an example") from None
     shares = contract.categories.shares if contract.categories else {}
-    if not isinstance(shares, dict) or not all(map(_is_number, shares.values())):
-        raise InputError(f"{path}: categories.shares must give each category's share of the rows, a number")
+    if not isinstance(shares, dict) or not all(_is_share(each) for each in shares.values()):
+        raise InputError(f"{path}: categories.shares must give each category's share of the rows, from 0 to 1")
     for name, rule in contract.columns.items():
         if rule.type not in TYPES:
             raise InputError(f"{path}: columns.{name}: there is no type {rule.type!r}; choose from {', '.join(TYPES)}")
@@ -253,7 +260,12 @@ def _made(kind: type[Any], entries: Any, place: str) -> Any:
         annotation = str(known[name].type)
         wanted: Any = (int, float) if annotation == "float" else {"int": int, "str": str}.get(annotation, object)
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not object):
-            raise InputError(f"{prefix}{name} is {value!r}; give {'a text' if wanted is str else 'a number'}")
+            kinds = {str: "a text", int: "a whole number"}
+            raise InputError(f"{prefix}{name} is {value!r}; give {kinds.get(wanted, 'a number')}")
+        if name.endswith("_at_most") and not _is_share(value):
+            raise InputError(f"{prefix}{name} is {value!r}; give a share from 0 to 1, such as 0.05 for 5 %")
+        if name in ("rows_at_least", "days") and not 0 <= value < math.inf:
+            raise InputError(f"{prefix}{name} is {value!r}; give a number of 0 or more")
     try:
         return kind(**entries)
     except TypeError:
@@ -264,8 +276,8 @@ def _made(kind: type[Any], entries: Any, place: str) -> Any:
 class _Check:
     """What one pass over a table finds."""
 
-    def __init__(self, contract: Contract) -> None:
-        self.contract = contract
+    def __init__(self, contract: Contract, today: datetime.datetime) -> None:
+        self.contract, self.today = contract, today
         self.rows = 0
         self.filled: Counter[str] = Counter()
         self.seen: set[str] = set()
@@ -273,7 +285,8 @@ class _Check:
         self.first: dict[str, tuple[int, Any]] = {}  # the first of them
         self.categories: Counter[str] = Counter()
         self.unlisted: tuple[int, str] | None = None
-        self.newest: datetime.datetime | None = None
+        self.newest: datetime.datetime | None = None  # of the dates that are not in the future
+        self.future: tuple[int, datetime.datetime] | None = None  # the first row with a date in the future
 
     def add(self, number: int, row: Mapping[str, Any]) -> None:
         self.rows += 1
@@ -288,7 +301,10 @@ class _Check:
                 self.first.setdefault(name, (number, value))
         self._add_category(number, row)
         if (fresh := self.contract.freshness) and (when := date_of(row.get(fresh.column))):
-            self.newest = max(self.newest or when, when)
+            if when > self.today + AHEAD:
+                self.future = self.future or (number, when)
+            else:
+                self.newest = max(self.newest or when, when)
 
     def _add_category(self, number: int, row: Mapping[str, Any]) -> None:
         rule = self.contract.categories
@@ -299,7 +315,7 @@ class _Check:
             if name not in rule.shares and self.unlisted is None:
                 self.unlisted = number, name
 
-    def faults(self, today: datetime.datetime) -> Iterator[str]:
+    def faults(self) -> Iterator[str]:
         least = self.contract.rows_at_least
         if self.rows < least:
             yield f"{self.rows} rows, fewer than {least}"
@@ -308,7 +324,7 @@ class _Check:
         if self.contract.categories:
             yield from self._category_faults(self.contract.categories)
         if fresh := self.contract.freshness:
-            yield from self._freshness_faults(fresh, today)
+            yield from self._freshness_faults(fresh)
 
     def _faults_of(self, name: str, rule: ColumnRule) -> Iterator[str]:
         if name not in self.seen:
@@ -343,10 +359,13 @@ class _Check:
                 f"{_short(most)} has {found:.1%} of the rows instead of {wanted:.1%}"
             )
 
-    def _freshness_faults(self, fresh: FreshnessRule, today: datetime.datetime) -> Iterator[str]:
+    def _freshness_faults(self, fresh: FreshnessRule) -> Iterator[str]:
+        if self.future:
+            number, when = self.future
+            yield f"column {fresh.column!r}: the date {when:%Y-%m-%d} in row {number} is in the future"
         if self.newest is None:
-            yield f"column {fresh.column!r} has no date"
-        elif today - self.newest > datetime.timedelta(days=fresh.days):
+            yield f"column {fresh.column!r} has no date" if fresh.column in self.seen else f"no column {fresh.column!r}"
+        elif self.today - self.newest > datetime.timedelta(days=fresh.days):
             yield f"the newest {fresh.column} is {self.newest:%Y-%m-%d}, more than {fresh.days:g} days ago"
 
 
@@ -364,10 +383,10 @@ def check(contract: Contract, path: Path, today: datetime.datetime) -> list[str]
     Raises:
         InputError: the table cannot be read.
     """
-    found = _Check(contract)
+    found = _Check(contract, today)
     for number, row in enumerate(refuse_faulty(read_rows(path), path), start=1):
         found.add(number, row)
-    return [*found.faults(today)]
+    return [*found.faults()]
 
 
 def require(contract: Path, tables: Iterable[Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -165,7 +166,7 @@ def test_lists_of_categories_are_counted_one_by_one(tmp_path: Path) -> None:
     [
         ("rows_at_least = ", "is not a contract"),
         ("rows = 3", "there is no entry rows; known are rows_at_least, columns, categories, freshness"),
-        ("rows_at_least = true", "rows_at_least is True; give a number"),
+        ("rows_at_least = true", "rows_at_least is True; give a whole number"),
         ("[columns.text]\ntype = 'word'", "columns.text: there is no type 'word'; choose from date, number"),
         ("[columns]\ntext = 3", r"\[columns.text\] is not a table"),
         ("[freshness]\ncolumn = 'a'", "freshness.days is missing"),
@@ -201,7 +202,8 @@ def hook() -> Iterator[tuple[str, list[Any]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(500 if self.path == "/down" else 200)
+            self.send_response({"/down": 500, "/moved": 302}.get(self.path, 200))
+            self.send_header("Location", "/elsewhere")
             self.end_headers()
 
         def log_message(self, *_: Any) -> None: ...
@@ -246,7 +248,14 @@ def test_what_is_well_is_told_to_nobody(tmp_path: Path, hook: tuple[str, list[An
     assert (done.returncode, done.stdout, hook[1]) == (0, "contract: ok\n", [])
 
 
-@pytest.mark.parametrize(("path", "complaint"), [("/down", "the webhook answered 500"), ("", "cannot be reached")])
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("/down", "the webhook answered 500"),
+        ("", "cannot be reached"),
+        ("/moved", "the webhook answered 302"),
+    ],
+)
 def test_a_webhook_that_fails_is_told(path: str, complaint: str, tmp_path: Path, hook: tuple[str, list[Any]]) -> None:
     table, file = write(tmp_path / "first.csv", rows_of()), tmp_path / "contract.toml"
     write_contract(Contract(30), file, table.name)
@@ -295,3 +304,52 @@ def test_what_is_no_table_is_not_written_to_standard_output(option: str, tmp_pat
         f"aisle: {option} -: this is not written to standard output; name a file\n",
     )
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is empty, so it checks nothing"),
+        ("[columns.text]\nmissing_at_most = 87", "columns.text.missing_at_most is 87; give a share from 0 to 1"),
+        ('[categories]\ncolumn = "c"\napart_at_most = nan\n[categories.shares]\na = 1.0', "is nan; give a share"),
+        ("rows_at_least = -5", "rows_at_least is -5; give a number of 0 or more"),
+        ("rows_at_least = 1e9", "rows_at_least is 1000000000.0; give a whole number"),
+        ('[freshness]\ncolumn = "t"\ndays = inf', "freshness.days is inf; give a number of 0 or more"),
+        ('[categories]\ncolumn = "c"\n[categories.shares]\na = 50', "each category's share of the rows, from 0 to 1"),
+        ('[categories]\ncolumn = "c"\n[categories.shares]\na = -0.1', "each category's share of the rows, from 0 to 1"),
+    ],
+)
+def test_a_limit_that_could_never_fail_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "contract.toml"
+    path.write_text(text, "utf-8-sig")
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        read_contract(path)
+
+
+def test_a_date_in_the_future_does_not_make_a_table_fresh(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("text,t\na,2026-01-01\nb,2027-12-01\n")
+    today = datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC)
+    contract = Contract(freshness=FreshnessRule("t", 7))
+    assert check(contract, table, today) == [
+        "column 't': the date 2027-12-01 in row 2 is in the future",
+        "the newest t is 2026-01-01, more than 7 days ago",
+    ]
+    assert check(Contract(freshness=FreshnessRule("x", 7)), table, today) == ["no column 'x'"]
+
+
+def test_a_contract_without_its_table_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path, texts = tmp_path / "contract.toml", tmp_path / "texts.csv"
+    write_contract(Contract(1), path, "x")
+    texts.write_text("text\na\n")
+    done = aisle("build", checkpoint, "--held-out", texts, "--contract", path, "--repository", tmp_path / "models")
+    assert (done.returncode, done.stderr) == (2, "aisle: --contract needs DATA, the table that it checks\n")
+
+
+def test_a_missing_contract_is_a_failed_check(tmp_path: Path, hook: tuple[str, list[Any]]) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("text,category\na,b\n")
+    done = aisle("watch", table, "--contract", tmp_path / "gone.toml", "--webhook", hook[0], "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout) == {key: value for key, value in hook[1][0].items() if key != "text"}
+    assert "gone.toml" in hook[1][0]["text"]

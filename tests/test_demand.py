@@ -135,6 +135,7 @@ def test_days_without_rows_count_as_zero(tmp_path: Path) -> None:
     assert counts.by_category["茶叶"].tolist() == [3, 0, 0, 3]
     assert (counts.first, counts.days, counts.rows) == (datetime.date(2026, 1, 5), 4, 3)
     assert counts.skipped == {"label missing": 1}
+    assert counts.longest_gap() == (datetime.date(2026, 1, 6), 2)
     once = read_counts(tmp_path / "t.csv", Columns("date"))
     assert once.by_category["茶叶"].tolist() == [2, 0, 0, 1]
 
@@ -151,7 +152,16 @@ def test_days_of_parquet_and_of_a_time_zone(tmp_path: Path) -> None:
     shanghai = read_counts(tmp_path / "t.parquet", Columns(zone=ZoneInfo("Asia/Shanghai")))
     assert shanghai.first == datetime.date(2026, 1, 2)
     assert shanghai.ends_early == "04:00"
+    assert not shanghai.unzoned
+    write(tmp_path / "plain.csv", [("2026-01-01T23:30", "茶叶", 1), ("2026-01-02", "茶叶", 1)])
+    assert read_counts(tmp_path / "plain.csv", Columns("date", zone=ZoneInfo("Asia/Shanghai"))).unzoned
     assert read_counts(tmp_path / "t.parquet", Columns(until=datetime.date(2026, 1, 2))).ends_early == ""
+
+
+def test_counts_of_0_are_not_the_wrong_columns(tmp_path: Path) -> None:
+    write(tmp_path / "t.csv", [("2026-01-01", "茶叶", 0), ("2026-01-02", "茶叶", 0)])
+    with pytest.raises(InputError, match="the count of every row is 0"):
+        read_counts(tmp_path / "t.csv", Columns("date", count="count"))
 
 
 def test_a_traffic_log_is_counted(tmp_path: Path) -> None:

@@ -565,7 +565,13 @@ def test_retrain_trains_the_heads_too(ckpt: Path, table: Path, tmp_path: Path) -
     words = ["retrain", ckpt, table, "--corrections", corrections, "-o", tmp_path / "new", "--epochs", 1]
     done = aisle(*words, "--json")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["attributes"]) == set(HEADS)
+    result = json.loads(done.stdout)
+    assert set(result["attributes"]) == set(result["held_out_attributes"]) == set(HEADS)
+    before = json.loads((ckpt / "metrics.json").read_text("utf-8"))["attributes"]
+    for name, compared in result["held_out_attributes"].items():
+        assert compared["old"] == pytest.approx(before[name]["accuracy"])
+        assert compared["new"] == pytest.approx(result["attributes"][name]["accuracy"])
+        assert compared["rows"] == result["attributes"][name]["rows"]
     new = Checkpoint(tmp_path / "new")
     assert new.heads == Checkpoint(ckpt).heads
     assert new.training["data"]["also"] == HEADS

@@ -46,6 +46,24 @@ def test_events_of_openlineage_join_training_and_build(repository: Path, tmp_pat
     assert [*events(lineage(repository, 1))] == [train, build]  # the same run has the same id
 
 
+def test_a_retraining_is_joined_to_the_training_of_its_checkpoint() -> None:
+    """The dataset that one event makes is the one that the other reads, whatever the folders are called."""
+    known = {"version": 2, "fingerprint": "f" * 64, "built": {"time": None}}
+    first, second = "a" * 64, "b" * 64
+    inputs = [*inputs_of({"settings": {"model": "/models/old"}, "data": {"checkpoint_sha256": first}})]
+    (train, _) = events({**known, "checkpoint": {"sha256": second}, "inputs": inputs})
+    table = {"kind": "table", "name": "t.csv", "sha256": "c"}
+    (before, build) = events({**known, "checkpoint": {"sha256": first}, "inputs": [table]})
+    assert train["inputs"] == before["outputs"] == build["inputs"]
+    assert train["outputs"] != before["outputs"]
+
+
+def test_the_columns_and_labels_of_a_training_are_told() -> None:
+    data = {"file": "t.csv", "sha256": "s", "columns": ["text", "category"], "also": ["brand"]}
+    (table,) = inputs_of({"data": {**data, "labelling": {"min_rows": 3}}})
+    assert (table["columns"], table["labelling"]) == (["text", "category", "brand"], {"min_rows": 3})
+
+
 @pytest.mark.parametrize(
     ("training", "inputs"),
     [

@@ -192,3 +192,32 @@ def test_a_served_model_classifies_the_shards(server: Any, tmp_path: Path) -> No
     rows = [row for each in told for row in read_rows(Path(each["output"]))]
     assert [row["text"] for row in rows] == [f"红富士苹果 {n}" for n in range(5)]
     assert all(row["category"] for row in rows)
+
+
+@pytest.mark.parametrize("shard", [None, Shard(2, 3)])
+def test_a_table_without_rows_keeps_its_columns_and_a_killed_run_leaves_nothing(
+    tmp_path: Path, shard: Shard | None
+) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text,sku,category\n", "utf-8")
+    written = shard.part_of(out) if shard else out
+    left = [
+        tmp_path / f".{written.name}.0a1b2c3d.writing.csv",
+        tmp_path / f".other-{written.name}.0a1b2c3d.writing.csv",
+    ]
+    for each in left:
+        each.write_text("half a row")
+    classify_file(cast(Classifier, Answering()), source, out, "text", 1, shard=shard)
+    with written.open(encoding="utf-8", newline="") as file:
+        assert next(csv.reader(file)) == [
+            "text",
+            "sku",
+            "source_category",
+            "category",
+            "confidence",
+            "warning",
+            "error",
+        ]
+    assert [each.exists() for each in left] == [False, True]
+    with pytest.raises(InputError, match="no column 'title'"):
+        classify_file(cast(Classifier, Answering()), source, tmp_path / "other.csv", "title", 1, shard=shard)

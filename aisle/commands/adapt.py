@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
 
 app = Stage()
+LONG_GAP = 7  # days without a row that are worth a message
 MINUTE = 1 / 1440  # of a day
 
 
@@ -245,6 +246,8 @@ def _show_retraining(result: dict[str, Any]) -> None:
         {"what": f"{title}, {held_out['rows']} held-out texts", **{age: held_out[age][name] for age in ("old", "new")}}
         for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"))
     ]
+    for name, own in result.get("held_out_attributes", {}).items():
+        rows.append({"what": f"accuracy of {name}, {own['rows']} held-out texts", "old": own["old"], "new": own["new"]})
     for name, title in (("corrections_learnt", "corrections learnt"), ("corrections_unseen", "corrections held out")):
         each = result[name]
         if each["rows"]:
@@ -264,6 +267,12 @@ def _note_demand(result: dict[str, Any]) -> None:
     skipped = ", ".join(f"{rows} ({reason})" for reason, rows in result["skipped"].items())
     if skipped:
         say(f"rows left out: {skipped}")
+    if result["in_future"]:
+        say(f"the last day, {result['to']}, is in the future; correct the date, or leave later days out with --until")
+    if (gap := result["longest_gap"]) and gap["days"] >= LONG_GAP:
+        say(f"no row is of the {gap['days']} days from {gap['from']}: they count as days without demand")
+    if result["without_time_zone"]:
+        say("no time has a time zone, so --time-zone changes nothing")
     if result["last_row"]:
         say(f"{result['to']} may not be over: its last row is of {result['last_row']}; leave it out with --until")
     if simple := result["not_validated"]:

@@ -61,7 +61,9 @@ def reads_tables(command: Command) -> Command:
             from aisle.preprocess.contract import require
 
             given = arguments["data"]
-            require(contract, given if isinstance(given, list) else [given] if given else [])
+            if not given:
+                raise InputError("--contract needs DATA, the table that it checks")
+            require(contract, given if isinstance(given, list) else [given])
         if not options["header"]:
             for name in ("text_column", "label_column"):
                 words = columns_of(arguments.get(name) or "")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from aisle.commands import Json, LabelColumn, TextColumn, Url, report
-from aisle.commands.command import Stage, file_to_read, refuse
+from aisle.commands.command import Stage, refuse
 from aisle.commands.tables import reads_tables
 from aisle.console import show
 from aisle.errors import InputError
@@ -26,9 +26,7 @@ def watch(
     data: Annotated[Path | None, typer.Argument(metavar="DATA", help="The table whose contract is checked.")] = None,
     contract: Annotated[
         Path | None,
-        typer.Option(
-            callback=file_to_read, help="Check DATA against this contract of `aisle clean --propose-contract`."
-        ),
+        typer.Option(help="Check DATA against this contract of `aisle clean --propose-contract`."),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Check LOG for drift from this checkpoint's texts.")] = None,
     log: Annotated[Path | None, typer.Option(help="A file of `aisle classify --log` or `-o`.")] = None,

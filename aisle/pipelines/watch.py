@@ -69,6 +69,13 @@ def check_webhook(url: str) -> None:
         raise InputError("--webhook takes an address that starts with https:// or http://")
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: after one, the message would be lost, because a GET without it follows."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 def notify(url: str, result: dict[str, Any]) -> None:
     """Send a result as JSON by HTTP POST, with a `text` of all reasons, which chat services show.
 
@@ -79,7 +86,7 @@ def notify(url: str, result: dict[str, Any]) -> None:
     body = json.dumps({"text": "\n".join(["aisle watch", *lines]), **result}, ensure_ascii=False).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=WEBHOOK_SECONDS):
             pass
     except HTTPError as error:
         raise ServerError(f"the webhook answered {error.code} {error.reason}") from None

@@ -96,16 +96,32 @@ def _object(row: Row | Repeated) -> Row:
     return FaultyRow(row.row, "repeated key", f"the key {row.key!r} occurs twice; keep one of them")
 
 
-def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
+def header_of(path: Path) -> list[str]:
+    """Return the names in the first line of a .csv or .tsv, whose rows do not tell them if there are none.
+
+    Raises:
+        InputError: it cannot be read, or a name is there twice.
+    """
+    with open_lines(path) as file:
+        first = next(iter(_records(path, file)), None)
+        return _names(first, path) if first and reading().header else []
+
+
+def _records(path: Path, file: IO[str]) -> Records:
     given = reading().delimiter
     records = Records(file, given or ("\t" if kind_of(path) == "tsv" else ","))
     first = file.readline(LONGEST + 1)
     named = re.fullmatch(r'"?sep=(.)"?[\r\n]*', first)  # a first line that names the delimiter for Excel
+    if named and not given:
+        records.split_at(named[1])
+    elif first and not named:
+        records.put_back(first)
+    return records
+
+
+def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
+    records = _records(path, file)
     try:
-        if named and not given:
-            records.split_at(named[1])
-        elif first and not named:
-            records.put_back(first)
         yield from _flat(path, records, records)
     except TooLong as error:
         raise InputError(f"{path}, row at line {records.line + 1}: {error}; is a quote left open?") from None

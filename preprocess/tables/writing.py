@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import itertools
 import json
 import secrets
@@ -81,6 +82,12 @@ def replacing(out: Path) -> Iterator[Path]:
             beside.replace(out)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what a killed command left of `out`. No other command may be writing it."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.writing*") if out != STDIO else ():
+        left.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Callable[[], Iterator[Row]], columns: list[str], kind: str = "") -> None:

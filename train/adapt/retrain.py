@@ -20,7 +20,8 @@ from aisle.preprocess.vocabulary import MANY_UNKNOWN
 from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
 from aisle.train.core.binomial import lowest_share
 from aisle.train.core.checkpoint import Checkpoint
-from aisle.train.core.head_data import read_heads
+from aisle.train.core.head_data import HeadData, read_heads
+from aisle.train.core.heads import spans
 from aisle.train.core.metrics import score
 from aisle.train.core.predict import logits_of
 from aisle.train.core.resume import check_replaceable
@@ -135,7 +136,7 @@ def retrain(
         made_from["also"] = also
     settings = replace(settings, model=str(checkpoint), folds=0, epochs=epochs or settings.epochs)
     groups = groups_in(data, text_column, label_column, settings)
-    heads = read_heads(data, text_column, also, table, labelling, "aisle train --also")
+    heads = read_heads(data, text_column, also, table, labelling, "a table like that of the training")
     metrics = train_table(
         table, cleaning, made_from, out, settings, groups, heads, targets=old.targets, examples=examples
     )
@@ -145,7 +146,7 @@ def retrain(
         "rows": metrics["rows"],
         "corrections": _count_corrections(filled, labels),
         **({"attributes": metrics["attributes"]} if also else {}),
-        **_compare_checkpoints(checkpoint, out, split(table).held_out, filled, settings.epochs),
+        **_compare_checkpoints(checkpoint, out, split(table).held_out, filled, settings.epochs, heads),
         "seconds": metrics["seconds"],
     }
 
@@ -178,12 +179,13 @@ def _count_corrections(filled: Corrections, labels: Sequence[str]) -> dict[str, 
 
 
 def _compare_checkpoints(
-    old: Path, new: Path, held_out: LabelledTexts, filled: Corrections, epochs: int
+    old: Path, new: Path, held_out: LabelledTexts, filled: Corrections, epochs: int, heads: Sequence[HeadData]
 ) -> dict[str, Any]:
     """Return the scores of both checkpoints on the held-out part and on the corrections, and notes about these."""
     texts = [correction.text for correction in filled.by_content.values()]
     labels = [correction.label for correction in filled.by_content.values()]
-    answers = [_predict(each, [*held_out.texts, *texts]) for each in (old, new)]
+    found = [_predict(each, [*held_out.texts, *texts]) for each in (old, new)]
+    answers = [each.categories for each in found]
     on_held_out = [each[: len(held_out.texts)] for each in answers]
     on_corrections = [each[len(held_out.texts) :] for each in answers]
     # Validation texts chose the epoch, so they are in neither list.
@@ -193,6 +195,7 @@ def _compare_checkpoints(
     compared = _compare(held_out.labels, *on_held_out)
     return {
         "held_out": compared,
+        **({"held_out_attributes": _compare_attributes(heads, held_out.texts, found)} if heads else {}),
         "worse": _is_worse(compared),
         "corrections_learnt": _right(labels, on_corrections, learnt),
         "corrections_unseen": _right(labels, on_corrections, unseen),
@@ -289,10 +292,34 @@ def _read_training(checkpoint: Path) -> tuple[TrainingSettings, tuple[str, str],
     return settings, named, Checkpoint(checkpoint).labelling
 
 
-def _predict(folder: Path, texts: Sequence[str]) -> list[str]:
+class _Answers(NamedTuple):
+    categories: list[str]  # [texts]
+    attributes: dict[str, list[str]]  # of each head, [texts]
+
+
+def _predict(folder: Path, texts: Sequence[str]) -> _Answers:
     checkpoint = Checkpoint(folder)
-    logits = logits_of(checkpoint.model, checkpoint.tokenizer.tokens(texts), f"evaluating {folder.name}")
-    return [checkpoint.labels[i] for i in logits.argmax(axis=1)]
+    logits = logits_of(checkpoint.whole_model, checkpoint.tokenizer.tokens(texts), f"evaluating {folder.name}")
+    categories = len(checkpoint.labels)
+    attributes = {
+        head.name: [head.labels[i] for i in logits[:, place].argmax(axis=1)]
+        for head, place in zip(checkpoint.heads, spans(categories, checkpoint.heads), strict=True)
+    }
+    return _Answers([checkpoint.labels[i] for i in logits[:, :categories].argmax(axis=1)], attributes)
+
+
+def _compare_attributes(
+    heads: Sequence[HeadData], texts: Sequence[str], answers: Sequence[_Answers]
+) -> dict[str, dict[str, Any]]:
+    """Return both checkpoints' accuracy of each attribute on the texts that have a value, and the number of these."""
+    found = {}
+    for each in heads:
+        name, actual = each.head.name, [each.value_of.get(content_key(text)) for text in texts]
+        known = [i for i, value in enumerate(actual) if value is not None]
+        if known:
+            right = [sum(own.attributes[name][i] == actual[i] for i in known) / len(known) for own in answers]
+            found[name] = {"rows": len(known), "old": right[0], "new": right[1]}
+    return found
 
 
 def _compare(actual: Sequence[str], old: Sequence[str], new: Sequence[str]) -> dict[str, Any]:

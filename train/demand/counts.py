@@ -48,6 +48,17 @@ class Counts:
     rows: int
     skipped: dict[str, int]  # rows by the reason why they do not count
     ends_early: str = ""  # the time of the last row, if the last day looks incomplete
+    unzoned: bool = False  # no time has a time zone, although one is given
+
+    def longest_gap(self) -> tuple[date, int]:
+        """Return the first day and the length of the longest run of days without any count."""
+        empty = ~np.any([values > 0 for values in self.by_category.values()], axis=0)
+        first = length = run = 0
+        for day, none in enumerate(empty):
+            run = run + 1 if none else 0
+            if run > length:
+                first, length = day - run + 1, run
+        return self.day(first), length
 
     def day(self, number: int) -> date:
         return self.first + timedelta(days=number)
@@ -101,8 +112,10 @@ class _Tally:
 
     def check(self, path: Path) -> None:
         if not any(count for days in self._totals.values() for count in days.values()):
-            why = ", ".join(f"{reason}: {rows}" for reason, rows in self._skipped.items()) or "no row counts"
-            raise InputError(f"{path}: nothing to count ({why}); give the right columns with {OPTIONS}")
+            why = ", ".join(f"{reason}: {rows}" for reason, rows in self._skipped.items())
+            if self._rows:
+                raise InputError(f"{path}: nothing to count: the count of every row is 0")
+            raise InputError(f"{path}: nothing to count ({why or 'no row'}); give the right columns with {OPTIONS}")
         days = {day for each in self._totals.values() for day in each}
         first, last = date.fromordinal(min(days)), date.fromordinal(max(days))
         if first == last:
@@ -118,7 +131,8 @@ class _Tally:
             for day, count in each.items():
                 series[name][day - start] = count
         early = "" if self._columns.until else self._clock.ends_early()
-        return Counts(date.fromordinal(start), days, series, self._rows, dict(self._skipped), early)
+        unzoned = self._columns.zone is not None and not self._clock.zoned
+        return Counts(date.fromordinal(start), days, series, self._rows, dict(self._skipped), early, unzoned)
 
 
 class _Clock:
@@ -129,12 +143,14 @@ class _Clock:
         self._seen: str | None = None
         self._latest: datetime | None = None
         self._timed = False
+        self.zoned = False  # whether a time has a time zone
 
     def day(self, value: Any, where: str, name: str) -> date:
         time = self._time(value, where, name)
         own = _zone_name(time)
         if self._zone is not None and time.tzinfo is not None:
             time, own = time.astimezone(self._zone), "given"
+        self.zoned = self.zoned or time.tzinfo is not None
         if self._seen is None:
             self._seen = own
         elif own != self._seen:

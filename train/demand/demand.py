@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +149,9 @@ def _about(source: Path, out: Path, plan: Demand, recent: int) -> dict[str, Any]
         "to": str(counts.last),
         "days": counts.days,
         "last_row": counts.ends_early or None,
+        "in_future": counts.last > date.today() + timedelta(days=1),
+        "longest_gap": {"from": str(gap[0]), "days": gap[1]} if (gap := counts.longest_gap())[1] else None,
+        "without_time_zone": counts.unzoned,
         "series": len(choices),
         "horizon": plan.horizon,
         "recent": recent,

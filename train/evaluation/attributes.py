@@ -13,7 +13,6 @@ from aisle.errors import InputError
 from aisle.preprocess.clean import content_key
 from aisle.preprocess.labels import Labelling
 from aisle.train.core.groups import read_groups
-from aisle.train.core.head_data import OPTION
 from aisle.train.core.heads import Head
 from aisle.train.core.metrics import score
 
@@ -43,7 +42,7 @@ def measure_attributes(
     found: dict[str, Any] = {}
     for name in names:
         try:
-            values = read_groups(data, text_column, name, options=f"train {OPTION}")
+            values = read_groups(data, text_column, name, options="a table like that of the training")
         except InputError as error:
             say(f"the attribute {name} is not measured: {error}")
             continue
