@@ -34,6 +34,7 @@ EXTRAS = {
     "desk-user": ("desk",),
     "distil": ("train",),
     "drift": ("train",),
+    "duplicates": ("index",),
     "evaluate": ("train",),
     "explain": ("explain",),
     "frontier": ("demo", "report"),

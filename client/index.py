@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,12 +17,15 @@ from aisle.errors import InputError
 from aisle.extras import install
 from aisle.files import put_in_place, write_json
 from aisle.preprocess.tables.columnar import load_pyarrow, open_parquet
+from aisle.preprocess.tables.writing import file_format, replacing, write_rows
 
 EXACT = 50_000  # vectors; above, an exact search takes longer than a classification, and a graph is searched instead
 NEIGHBOURS = 32  # of each vector in the graph
 BUILD_EFFORT, SEARCH_EFFORT = 200, 128  # candidates that are looked at; at least
 INDEX, ROWS, ABOUT = "index.faiss", "rows.parquet", "index.json"
+BLOCK = 1024  # rows that are compared with all at once
 Vectors = npt.NDArray[np.float32]
+Track = Callable[[Sequence[int]], Iterable[int]]
 
 
 class Hit(NamedTuple):
@@ -62,6 +65,16 @@ def build_index(source: Path, out: Path) -> dict[str, Any]:
         write_json(folder / ABOUT, about)
         put_in_place(folder, out)
     return {**about, "output": str(out)}
+
+
+class Pair(NamedTuple):
+    """Two rows of the indexed file that are similar."""
+
+    row: int  # from 0; the smaller one
+    text: str
+    other_row: int
+    other_text: str
+    similarity: float  # cosine
 
 
 class Index:
@@ -115,17 +128,63 @@ class Index:
         """
         if vectors.shape[1] < self._index.d:
             raise InputError(f"the index has vectors of {self._index.d} numbers, not {vectors.shape[1]}")
-        vectors = shortened(vectors, self._index.d)
+        similarity, numbers = self._nearest(shortened(vectors, self._index.d), k)
+        return [list(self._hits(*each)) for each in zip(similarity, numbers, strict=True)]
+
+    def pairs(self, least: float, nearest: int, track: Track = lambda starts: starts) -> list[Pair]:
+        """Return each two rows whose similarity is `least` or more, the most similar first.
+
+        Args:
+            nearest: other rows that are looked at for each row. A pair is found if one of its rows is among the nearest
+                of the other.
+            track: wraps the blocks of rows, to show progress.
+        """
+        count, found = self._index.ntotal, dict[tuple[int, int], float]()
+        for start in track(range(0, count, BLOCK)):
+            vectors = self._index.reconstruct_n(start, min(BLOCK, count - start))
+            similarity, numbers = self._nearest(vectors, nearest + 1)  # a row is the nearest of itself
+            own = np.arange(start, start + len(vectors))[:, None]
+            for i, j in np.argwhere((similarity >= least) & (numbers != own) & (numbers >= 0)).tolist():
+                pair = sorted((start + i, int(numbers[i, j])))
+                found[pair[0], pair[1]] = float(similarity[i, j])
+        ordered = sorted(found, key=lambda pair: (-found[pair], pair))
+        return [Pair(*self._row(one), *self._row(other), min(found[one, other], 1.0)) for one, other in ordered]
+
+    def _row(self, number: int) -> tuple[int, str]:
+        """Return the row of a vector in the indexed file, and its text."""
+        return self._rows[number].as_py(), self._texts[number].as_py()
+
+    def _nearest(self, vectors: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
+        """Return similarity and number of the `k` nearest vectors, each [n, k]; -1 where a graph finds fewer."""
         k = min(k, self._index.ntotal)
         if self.about["kind"] == "HNSW":
             self._index.hnsw.efSearch = max(SEARCH_EFFORT, 2 * k)
         similarity, numbers = self._index.search(np.ascontiguousarray(vectors, np.float32), k)
-        return [list(self._hits(*each)) for each in zip(similarity, numbers, strict=True)]
+        return similarity, numbers
 
     def _hits(self, similarity: Vectors, numbers: Sequence[int]) -> Iterator[Hit]:
         for value, number in zip(similarity.tolist(), numbers, strict=True):
             if number >= 0:  # a graph may find fewer than were asked for
-                yield Hit(self._rows[int(number)].as_py(), self._texts[int(number)].as_py(), value)
+                yield Hit(*self._row(int(number)), value)
+
+
+def find_duplicates(
+    folder: Path, out: Path, similarity: float, nearest: int, track: Track = lambda starts: starts
+) -> dict[str, Any]:
+    """Write the pairs of an index's rows that are so similar to a table; the arguments are those of `Index.pairs`.
+
+    Raises:
+        InputError: the folder holds no index, or the table cannot be written.
+    """
+    kind = file_format(out)  # fails early if the name cannot be written
+    opened = Index(folder)
+    pairs = opened.pairs(similarity, nearest, track)
+    try:
+        with replacing(out) as writing:
+            write_rows(writing, lambda: (pair._asdict() for pair in pairs), [*Pair._fields], kind)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    return {"pairs": len(pairs), "rows": opened.about["rows"], "similarity": similarity, "output": str(out)}
 
 
 def _read(source: Path) -> tuple[str, Vectors, Any]:

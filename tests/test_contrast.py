@@ -20,7 +20,7 @@ from aisle.train.adapt.retrain import retrain
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.groups import is_held_out_group, is_learnt_group, is_validation_group, read_groups
 from aisle.train.core.predict import embeddings_of
-from aisle.train.core.retrieval import Lookup, lookup, recall, tfidf_recall
+from aisle.train.core.retrieval import SIMILARITIES, Lookup, lookup, pairs_by_similarity, recall, tfidf_recall
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split, split
 from aisle.train.fit.contrast import NONE, ContrastiveClassification, contrastive_loss
@@ -212,3 +212,19 @@ def test_a_table_of_single_offers_is_refused(tmp_path: Path) -> None:
     data.write_text("text,category,product\n" + rows, "utf-8")
     with pytest.raises(InputError, match="no two training texts have the same product"):
         train(data, "text", "category", tmp_path / "ckpt", SETTINGS)
+
+
+def test_pairs_of_one_group_are_counted_by_their_similarity() -> None:
+    vectors = np.array([[1, 0], [1, 0], [0, 1], [0.96, 0.28]], np.float32)
+    found = {each["similarity"]: each for each in pairs_by_similarity(vectors, ["a", "a", "a", "b"])}
+    assert found[0.97] == {"similarity": 0.97, "pairs": 1, "precision": 1.0, "recall": pytest.approx(1 / 3)}
+    assert found[0.95] == {"similarity": 0.95, "pairs": 3, "precision": pytest.approx(1 / 3), "recall": 1 / 3}
+    assert pairs_by_similarity(vectors[2:], ["a", "b"])[0]["recall"] == 0
+
+
+def test_the_metrics_tell_how_well_a_similarity_finds_duplicates(trained: Path) -> None:
+    found = json.loads((trained / "metrics.json").read_text("utf-8"))["duplicates"]
+    assert [each["similarity"] for each in found] == [*SIMILARITIES]
+    recalls = [each["recall"] for each in found]
+    assert recalls == sorted(recalls, reverse=True)
+    assert recalls[0] > 0

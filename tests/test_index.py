@@ -126,3 +126,45 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "index" / name).write_bytes(content)
         with pytest.raises(InputError, match="holds no index"):
             Index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("kind", ["exact", "HNSW"])
+def test_pairs_are_those_of_a_comparison_of_all_with_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = random_vectors(1500)
+    vectors[700] = vectors[3]
+    write_vectors(tmp_path / "vectors.parquet", vectors)
+    monkeypatch.setattr(index, "EXACT", {"exact": 1500, "HNSW": 1499}[kind])
+    monkeypatch.setattr(index, "BLOCK", 400)
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    found = Index(tmp_path / "index").pairs(0.9, 30)
+    similar = np.triu(vectors @ vectors.T, 1)
+    expected = {(int(row), int(other)) for row, other in np.argwhere(similar >= 0.9)}
+    rows = [(pair.row, pair.other_row) for pair in found]
+    assert len(expected) > 50
+    assert len(rows) == len(set(rows))
+    assert set(rows) <= expected
+    assert len(rows) >= {"exact": 1.0, "HNSW": 0.95}[kind] * len(expected)
+    assert rows[0] == (3, 700)
+    assert found[0].similarity == pytest.approx(1, abs=1e-5)
+    assert [pair.similarity for pair in found] == sorted((pair.similarity for pair in found), reverse=True)
+    assert found[1].text == f"text {found[1].row}"
+    assert len(Index(tmp_path / "index").pairs(0.9, 1)) < len(expected)
+
+
+def test_duplicates_are_listed_by_command(tmp_path: Path) -> None:
+    vectors = random_vectors(40)
+    vectors[9] = vectors[2]
+    write_vectors(tmp_path / "vectors.parquet", vectors)
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    out = tmp_path / "pairs.csv"
+    done = aisle("duplicates", tmp_path / "index", "-o", out, "--similarity", 0.999, "--json")
+    assert done.returncode == 0, done.stderr
+    result = {"pairs": 1, "rows": 40, "similarity": 0.999, "output": str(out)}
+    assert json.loads(done.stdout) == result
+    assert out.read_text("utf-8").splitlines() == ["row,text,other_row,other_text,similarity", "2,text 2,9,text 9,1.0"]
+    done = aisle("duplicates", tmp_path, "-o", out)
+    assert (done.returncode, "holds no index" in done.stderr) == (2, True)
+    done = aisle("duplicates", tmp_path / "index", "-o", tmp_path / "pairs.npy")
+    assert (done.returncode, "unknown file format" in done.stderr) == (2, True)

@@ -58,7 +58,7 @@ PANELS = {
         "decide",
         "category",
     ),
-    "Search by meaning": ("embed", "index", "similar"),
+    "Search by meaning": ("embed", "index", "similar", "duplicates"),
     "Better and smaller models": ("pretrain", "search", "distil", "prune"),
     "Explain and compare": ("explain", "compare", "frontier", "ablate", "stages"),
     "Speed and load": ("bench", "loadtest", "overload"),

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aisle.commands import Json, LabelColumn, Repository, TextColumn, Url, data_argument, other_columns, report
+from aisle.commands import (
+    Json,
+    LabelColumn,
+    OutputTable,
+    Repository,
+    TextColumn,
+    Url,
+    data_argument,
+    other_columns,
+    report,
+)
 from aisle.commands.command import Stage, file_to_read, file_to_write, folder_to_write, refuse, resumable
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
 from aisle.console import cell, new_table, show, stdout, track
@@ -396,6 +406,26 @@ def similar(
         for text, hits in zip(texts, opened.search(vectors, count), strict=True)
     ]
     report({"similar": found}, as_json, lambda result: _show_hits(result["similar"]))
+
+
+@app.command()
+@writes_tables
+def duplicates(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder of `aisle index`.")],
+    out: OutputTable,
+    similarity: Annotated[
+        float, typer.Option(min=0, max=1, help="Cosine similarity of a pair, at least; see metrics.json of the model.")
+    ] = 0.93,
+    nearest: Annotated[int, typer.Option(min=1, max=1000, help="Rows that are looked at for each row.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the pairs of indexed rows that are probably the same product, the most similar first."""
+    from aisle.client.index import find_duplicates
+
+    refuse_two_on_stdout(out, as_json)
+    progress = lambda starts: track(starts, "comparing", len(starts))  # noqa: E731
+    result = find_duplicates(folder, out, similarity, nearest, progress)
+    report(result, as_json, lambda _: None, (f"{result['pairs']} pairs of {result['rows']} rows in {out}",))
 
 
 def _show_hits(found: list[dict[str, Any]]) -> None:

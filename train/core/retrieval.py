@@ -1,4 +1,4 @@
-"""How well embeddings find another text of the same group: recall at 10, beside TF-IDF."""
+"""How well embeddings find other texts of the same group: recall at 10 beside TF-IDF, and pairs by similarity."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from aisle.preprocess.clean import content_key
 
 NEAREST = 10
 QUERIES = 2_000
+SIMILARITIES = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
 BLOCK = 256  # queries compared at once, which bounds the memory
 
 
@@ -68,3 +69,35 @@ def tfidf_recall(found_in: Lookup) -> float:
 
     terms = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, dtype=np.float32)
     return recall(terms.fit_transform(found_in.texts), found_in)
+
+
+def pairs_by_similarity(vectors: Any, groups: Sequence[str]) -> list[dict[str, float]]:
+    """Return for each of `SIMILARITIES` how many pairs are so similar, and what share of these is of one group.
+
+    Args:
+        vectors: [texts, size] of length 1.
+        groups: of each text.
+
+    Returns `pairs`, their `precision`, and `recall`, the share of all pairs of one group; all shares are 0 without such
+    pairs.
+    """
+    names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    of, similar, right, together = np.array([names[group] for group in groups]), Counter[float](), Counter[float](), 0
+    for start in range(0, len(of), BLOCK):
+        rows = np.arange(start, min(start + BLOCK, len(of)))
+        later = np.arange(len(of)) > rows[:, None]  # each pair once
+        same, scores = (of == of[rows][:, None]) & later, vectors[rows] @ vectors.T
+        together += int(same.sum())
+        for least in SIMILARITIES:
+            near = (scores >= least) & later
+            similar[least] += int(near.sum())
+            right[least] += int((near & same).sum())
+    return [
+        {
+            "similarity": least,
+            "pairs": similar[least],
+            "precision": right[least] / max(1, similar[least]),
+            "recall": right[least] / max(1, together),
+        }
+        for least in SIMILARITIES
+    ]

@@ -22,7 +22,7 @@ from aisle.preprocess.clean import content_key
 from aisle.preprocess.encode import TextTokenizer
 from aisle.train.core.groups import is_held_out_group, is_learnt_group, is_validation_group
 from aisle.train.core.predict import embeddings_of, last_hidden_states, pooled
-from aisle.train.core.retrieval import lookup, recall, tfidf_recall
+from aisle.train.core.retrieval import Lookup, lookup, pairs_by_similarity, recall, tfidf_recall
 from aisle.train.core.settings import TrainingSettings
 from aisle.train.core.split import Split
 from aisle.train.fit.classification import Classification
@@ -118,5 +118,12 @@ def measure_search(model: Any, tokenizer: TextTokenizer, parts: Split) -> dict[s
             "tfidf_recall_at_10": tfidf_recall(asked),
             "queries": len(asked.queries),
             "texts": len(asked.texts),
-        }
+        },
+        "duplicates": _duplicates(vectors, asked),
     }
+
+
+def _duplicates(vectors: Any, asked: Lookup) -> list[dict[str, float]]:
+    """Return how well a similarity tells pairs of one group, among the texts of held-out groups."""
+    held_out = [i for i, group in enumerate(asked.groups) if group is not None and is_held_out_group(group)]
+    return pairs_by_similarity(vectors[held_out], [str(asked.groups[i]) for i in held_out])
