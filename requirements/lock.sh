@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 for name in serve stream build dev; do
     more=fast
+    [ $name = stream ] && more=avro
     [ $name = build ] && more=parquet # that image classifies tables too, in the chart's batch
     echo 'torch; sys_platform == "never"' | uv pip compile ../pyproject.toml --extra "$name" --extra fast --extra $more --override /dev/stdin \
         --python-version 3.11 --python-platform x86_64-manylinux_2_35 --generate-hashes --no-annotate --no-header \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import ssl
@@ -12,9 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pytest
 import trustme
 from confluent_kafka import KafkaError
@@ -26,18 +29,19 @@ from aisle.deploy.server.triton import free_ports
 from aisle.deploy.stream import kafka
 from aisle.deploy.stream.asking import TRIES, Asker
 from aisle.deploy.stream.figures import DESCRIPTIONS, Figures
-from aisle.deploy.stream.formats import read_debezium, read_json
+from aisle.deploy.stream.formats import reader_of
 from aisle.deploy.stream.paths import check_fields, parse_all
-from aisle.deploy.stream.settings import KafkaOptions, read_properties
+from aisle.deploy.stream.settings import KafkaOptions, read_properties, split_registry
 from aisle.deploy.stream.stream import Route, outputs_of
 from aisle.deploy.stream.transport import Message
 from aisle.deploy.stream.worker import StreamOptions, classify_topic
-from aisle.errors import InputError
+from aisle.errors import InputError, ServerError
 
 from .brokers import Broker, Mock, Proxy, Topics, mock_cluster
 from .conftest import Server, aisle, series, wait_for
 from .fake import fake_server
 
+READ_JSON, READ_DEBEZIUM = (reader_of(name, {}, "in") for name in ("json", "debezium"))
 FAST = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 500, "socket.timeout.ms": 4000}  # so that tests wait less
 
 SMALL_MESSAGES = {"message.max.bytes": 2000}
@@ -114,12 +118,12 @@ def product(text: str) -> bytes:
     ],
 )
 def test_texts_are_found_by_their_paths(paths: list[str], message: object, text: object) -> None:
-    assert read_json(parse_all(paths), json.dumps(message).encode()) == text
+    assert READ_JSON(parse_all(paths), json.dumps(message).encode()) == text
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000], ids=["empty", "open", "not UTF-8", "deep"])
 def test_what_is_not_json_is_a_failure(raw: bytes) -> None:
-    assert read_json(parse_all(["$.text"]), raw) == Failure("the message is not JSON")
+    assert READ_JSON(parse_all(["$.text"]), raw) == Failure("the message is not JSON")
 
 
 @pytest.mark.parametrize("paths", [["title"], ["$title"], ["$.a..b"], ["$.a[*]"], ["$.a[-1]"], [""], ["$.a", "$.b.a"]])
@@ -142,12 +146,12 @@ def test_events_of_debezium() -> None:
     paths = parse_all(["$.title"])
     row = {"before": None, "after": {"title": "apple"}, "op": "u"}
     for event in (row, {"schema": {}, "payload": row}):
-        assert read_debezium(paths, json.dumps(event).encode()) == "apple"
+        assert READ_DEBEZIUM(paths, json.dumps(event).encode()) == "apple"
     delete = {"before": {"title": "apple"}, "after": None, "op": "d"}
-    assert read_debezium(paths, json.dumps(delete).encode()) is None
-    assert read_debezium(paths, None) is None
-    assert "change event" in read_debezium(paths, b'{"title": "apple"}').message
-    assert "no text" in read_debezium(paths, b'{"op": "c", "after": {}}').message
+    assert READ_DEBEZIUM(paths, json.dumps(delete).encode()) is None
+    assert READ_DEBEZIUM(paths, None) is None
+    assert "change event" in READ_DEBEZIUM(paths, b'{"title": "apple"}').message
+    assert "no text" in READ_DEBEZIUM(paths, b'{"op": "c", "after": {}}').message
 
 
 # The file of settings
@@ -187,7 +191,7 @@ def mock() -> Iterator[Mock]:
         (["in", "in"], "three different topics"),
         (["in", "in.out", "--text", "title"], "--text title: give the text's path"),
         (["in", "in.out", "--brokers", "127.0.0.1:1"], "no broker answers at 127.0.0.1:1"),
-        (["in", "in.out", "--format", "avro"], "choose from json, debezium"),
+        (["in", "in.out", "--format", "protobuf"], "choose from json, avro, debezium, debezium-avro"),
         (["in", "in.out", "--text", "$.a", "--text", "$.b"], "give one path"),
         (["in", "in.out", "--config", "wrong.properties"], "No such configuration property"),
     ],
@@ -307,7 +311,7 @@ def test_a_multi_label_model_gives_lists() -> None:
     classifier = Failing("-")
     asking = asker(classifier, Transport())
     messages = [Message(None, b'{"text": "a"}', (), "in", 0, 0)]
-    route = Route(read_json, parse_all(["$.text"]), "out", "dead")
+    route = Route(READ_JSON, parse_all(["$.text"]), "out", "dead")
 
     def value() -> Any:
         (output,) = outputs_of(messages, ["a"], asking.ask(["a"]), route, asking)
@@ -427,3 +431,102 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     started = Broker(tmp_path_factory.mktemp("broker"))
     yield started
     started.stop()
+
+
+# Avro and the schema registry
+
+PRODUCT = {"type": "record", "name": "Product", "fields": [{"name": "title", "type": ["null", "string"]}]}
+EVENT = {
+    "type": "record",
+    "name": "Envelope",
+    "fields": [{"name": "op", "type": "string"}, {"name": "after", "type": ["null", PRODUCT]}],
+}
+
+
+@pytest.fixture
+def registry() -> Iterator[str]:
+    """A schema registry over HTTP with the schemas 1 and 2; /broken answers 500."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            schema = {"/schemas/ids/1": PRODUCT, "/schemas/ids/2": EVENT}.get(self.path.partition("?")[0])
+            broken = self.path.startswith("/broken")
+            told = {"schema": json.dumps(schema)} if schema else {"error_code": 40403, "message": "no such schema"}
+            body = json.dumps(told).encode()
+            self.send_response(200 if schema else 500 if broken else 404)
+            self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def framed(number: int, schema: dict[str, Any], value: Any) -> bytes:
+    """Return a message as Confluent's serializer writes it."""
+    body = io.BytesIO()
+    fastavro.schemaless_writer(body, fastavro.parse_schema(schema), value)
+    return b"\0" + number.to_bytes(4) + body.getvalue()
+
+
+def test_avro_is_read_by_the_schema_that_each_message_names(registry: str) -> None:
+    paths = parse_all(["$.title"])
+    plain, event = (reader_of(name, {"url": registry}, "in") for name in ("avro", "debezium-avro"))
+    assert plain(paths, framed(1, PRODUCT, {"title": "红富士苹果"})) == "红富士苹果"
+    assert plain(paths, None) is None
+    assert event(paths, framed(2, EVENT, {"op": "u", "after": {"title": "pear"}})) == "pear"
+    assert event(paths, framed(2, EVENT, {"op": "d", "after": None})) is None
+    for raw, reason in [
+        (framed(1, PRODUCT, {"title": None}), "no text at"),
+        (framed(9, PRODUCT, {"title": "a"}), "the registry has no schema 9"),
+        (framed(1, PRODUCT, {"title": "a" * 100})[:20], "not of its schema"),
+        (b'{"title": "a"}', "not Avro with the id of a schema"),
+        (b"\0", "not Avro with the id of a schema"),
+        (b"", "not Avro with the id of a schema"),
+    ]:
+        found = plain(paths, raw)
+        assert isinstance(found, Failure)
+        assert reason in found.message
+    assert "change event" in event(paths, framed(1, PRODUCT, {"title": "a"})).message
+
+
+def test_a_registry_that_is_away_loses_nothing(mock: Mock, registry: str) -> None:
+    """The worker ends with an error, and the message is still there for the next start."""
+    for topic in ("avro", "avro.out", "avro.dead"):
+        mock.create(topic, 1)
+    mock.write("avro", [(b"a", framed(1, PRODUCT, {"title": "apple"})), (b"b", b"no Avro"), (b"c", None)])
+    away = {"url": f"{registry}/broken", "max.retries": "0"}
+    with fake_server() as server:
+        options = replace(options_for(mock, server.url, topic="avro"), text=["$.title"], format="avro", registry=away)
+        with pytest.raises(ServerError, match=r"the schema registry at 127\.0\.0\.1:\d+ answered 500"):
+            classify_topic(options, threading.Event())
+        gone = replace(options, registry={"url": "http://user:secret@127.0.0.1:9", "max.retries": 0})
+        with pytest.raises(ServerError, match=r"the schema registry at 127\.0\.0\.1:9 cannot be reached"):
+            classify_topic(gone, threading.Event())
+        with streaming(replace(options, registry={"url": registry})) as stop:
+            answers, dead = mock.read("avro.out", 2), mock.read("avro.dead", 1)
+            counts = stop()
+    assert [(each.key(), each.value() is None) for each in answers] == [(b"a", False), (b"c", True)]
+    assert [each.value() for each in dead] == [b"no Avro"]
+    assert [counts[name] for name in ("classified", "passed_on", "dead_letters")] == [1, 1, 1]
+
+
+def test_the_registry_is_named_in_the_file(tmp_path: Path, registry: str) -> None:
+    (tmp_path / "kafka").write_text(f"linger.ms=5\nschema.registry.url={registry}\n", "utf-8")
+    assert split_registry(read_properties(tmp_path / "kafka", "b:1")) == (
+        {"linger.ms": "5", "bootstrap.servers": "b:1"},
+        {"url": registry},
+    )
+    done = aisle("stream", "in", "out", "--text", "$.text", "--format", "avro")
+    assert (done.returncode, "needs the line schema.registry.url=" in done.stderr) == (2, True)
+    with pytest.raises(InputError, match=r"needs the line schema\.registry\.url=https://HOST:PORT in --config FILE"):
+        reader_of("avro", {}, "in")
+    with pytest.raises(InputError, match=r"^--config: schema\.registry\.…: "):
+        reader_of("avro", {"url": registry, "no.such.thing": "1"}, "in")

@@ -38,7 +38,10 @@ def stream(
         str | None, typer.Option(help="HOST:PORT of brokers.", show_default="those of --config, or localhost:9092")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(callback=file_to_read, help="Lines key=value for librdkafka, such as SASL and TLS.")
+        Path | None,
+        typer.Option(
+            callback=file_to_read, help="Lines key=value for librdkafka, such as SASL and TLS, and the schema registry."
+        ),
     ] = None,
     group: Annotated[str, typer.Option(help="The consumer group. Its workers share the partitions.")] = "aisle",
     instance: Annotated[
@@ -46,7 +49,10 @@ def stream(
         typer.Option(help="This worker's name in the group; no other has it.", show_default="the host's name"),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", callback=among(formats), autocompletion=formats, help="json or debezium.")
+        str,
+        typer.Option(
+            "--format", callback=among(formats), autocompletion=formats, help="json, avro, debezium or debezium-avro."
+        ),
     ] = "json",
     url: Url = "localhost:8001",
     timeout: Annotated[float, typer.Option(min=0.001, help="Time limit of a request, in seconds.")] = 10.0,
@@ -58,7 +64,7 @@ def stream(
 
     It reaches the server as the other commands do: TLS by AISLE_TLS_CA, a gateway by AISLE_TOKEN.
     """
-    from aisle.deploy.stream.settings import KafkaOptions, read_properties
+    from aisle.deploy.stream.settings import KafkaOptions, read_properties, split_registry
     from aisle.deploy.stream.worker import StreamOptions, work
 
     dead_letters = dead_letters or f"{target}.dead-letters"
@@ -67,11 +73,12 @@ def stream(
     for option, name in (("--group", group), ("--instance", instance), ("--brokers", brokers)):
         if name == "":
             raise InputError(f"{option} is empty; give a name, or leave it out")
-    properties = read_properties(config, brokers)
+    properties, registry = split_registry(read_properties(config, brokers))
     options = StreamOptions(
         KafkaOptions(source, target, dead_letters, group, instance or socket.gethostname(), properties),
         text,
         form,
+        registry,
         url,
         timeout,
         (metrics_host, metrics_port),

@@ -22,6 +22,7 @@ OWN = {
     "partition.assignment.strategy": "",
     "test.mock.num.brokers": "",
 }
+REGISTRY = "schema.registry."  # the beginning of a property of the schema registry
 Properties = dict[str, Any]
 
 
@@ -85,6 +86,12 @@ def read_properties(file: Path | None, brokers: str | None) -> Properties:
     if brokers is not None:
         found["bootstrap.servers"] = brokers
     return {"bootstrap.servers": BROKERS, **found}
+
+
+def split_registry(properties: Properties) -> tuple[Properties, Properties]:
+    """Return the properties of Kafka, and those of the schema registry without their prefix."""
+    registry = {name.removeprefix(REGISTRY): value for name, value in properties.items() if name.startswith(REGISTRY)}
+    return {name: value for name, value in properties.items() if not name.startswith(REGISTRY)}, registry
 
 
 def _lines(file: Path | None) -> list[str]:

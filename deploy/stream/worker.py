@@ -6,14 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aisle.client import Classifier
 from aisle.console import say, track
 from aisle.deploy.stream.asking import Asker
 from aisle.deploy.stream.figures import Figures
-from aisle.deploy.stream.formats import FORMATS
+from aisle.deploy.stream.formats import reader_of
 from aisle.deploy.stream.kafka import KafkaTransport
 from aisle.deploy.stream.paths import check_fields, parse_all
 from aisle.deploy.stream.settings import KafkaOptions
@@ -27,6 +27,7 @@ class StreamOptions:
     kafka: KafkaOptions
     text: Sequence[str]  # paths
     format: str = "json"
+    registry: dict[str, Any] = field(default_factory=dict)  # properties of the schema registry
     url: str = "localhost:8001"
     timeout: float = 10.0  # seconds
     metrics: tuple[str, int] = ("127.0.0.1", 8003)  # address and port
@@ -47,9 +48,10 @@ def classify_topic(options: StreamOptions, stopping: threading.Event) -> dict[st
 
     Raises:
         InputError: an option is wrong, no broker answers, a topic is missing, or rights are.
-        ServerError: no Triton answers at the start, or another worker has the same name.
+        ServerError: no Triton answers at the start, another worker has the same name, or the schema registry is away.
     """
     kafka, figures, paths = options.kafka, Figures(), parse_all(options.text)
+    reader = reader_of(options.format, options.registry, kafka.source)
     # Without retries of its own, because the stream pauses its partitions between two tries.
     with Classifier.from_environment(options.url, timeout=options.timeout, retries=0) as classifier:
         check_fields(paths, classifier.models().fields)
@@ -57,7 +59,7 @@ def classify_topic(options: StreamOptions, stopping: threading.Event) -> dict[st
         with closing(KafkaTransport(kafka, figures, stopping)) as transport, figures.served(options.metrics):
             say(f"reading {kafka.source} for {kafka.target} as {kafka.instance} of {kafka.group}")
             asker = Asker(classifier, transport, figures, stopping)
-            route = Route(FORMATS[options.format], paths, kafka.target, kafka.dead_letters)
+            route = Route(reader, paths, kafka.target, kafka.dead_letters)
             for output in track(run(transport, asker, route, stopping), "classifying"):
                 figures.message(output)
     return figures.summary()
