@@ -426,6 +426,29 @@ def test_the_broker_is_reached_over_tls(broker: Broker, tmp_path: Path, monkeypa
     assert "ssl.… lines" in done.stderr
 
 
+@pytest.mark.long
+def test_a_worker_that_is_killed_twice_answers_each_message_once(
+    broker: Broker, server: Server, tmp_path: Path
+) -> None:
+    """Killed with -9 in the middle of its work, and started again at once under the same name."""
+    broker.create("drill", "drill.out", "drill.dead")
+    count = 3000
+    broker.write("drill", [(f"k{i % 40}".encode(), product(f"usb c cable {i}")) for i in range(count)])
+    (tmp_path / "kafka").write_text("".join(f"{name}={value}\n" for name, value in FAST.items()), "utf-8")
+    options = [*access(broker, server.url), "--dead-letters", "drill.dead", "--config", tmp_path / "kafka", "--json"]
+    command = [sys.executable, "-m", "aisle", "stream", "drill", "drill.out", "--text", "$.text", *map(str, options)]
+    for least in (1, count // 2, count):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
+            try:
+                answers = broker.read("drill.out", least, 180)
+                worker.send_signal(signal.SIGTERM if least == count else signal.SIGKILL)
+                worker.communicate(timeout=60)
+            finally:
+                worker.kill()
+        assert len(answers) >= least
+    assert_once_and_in_order(broker.read("drill.out", count), count)
+
+
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     started = Broker(tmp_path_factory.mktemp("broker"))
