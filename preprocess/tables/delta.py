@@ -53,6 +53,8 @@ class Delta:
     def write(self, file: Path, keys: list[str], since: str | None) -> None:
         """Insert or update the rows of a Parquet file in one version. A missing table is made."""
         reader = fitted(file, fit)
+        if any("`" in name for name in reader.schema.names):
+            raise InputError(f"{self._place}: rename the columns with a backtick; deltalake cannot merge them")
         with self._told() as library:
             if not library.DeltaTable.is_deltatable(self._place.address):
                 library.DeltaTable.create(self._place.address, library.Schema.from_arrow(reader.schema))
@@ -79,8 +81,8 @@ class Delta:
 
 
 def ticked(name: str) -> str:
-    """Return a name for the conditions of a merge."""
-    return "`" + name.replace("`", "``") + "`"
+    """Return a name for the conditions of a merge. `deltalake` itself quotes the columns of a merge so."""
+    return f"`{name}`"
 
 
 def fit(kind: Any) -> Any:
