@@ -26,7 +26,16 @@ from aisle.preprocess.tables.opening import STDIO, Reading, kind_of, local, read
 from aisle.preprocess.tables.place import shown
 from aisle.preprocess.tables.shard import Shard
 from aisle.preprocess.tables.sheets import require_fit
-from aisle.preprocess.tables.table import FaultyRow, Row, fingerprint, missing_column, read_range, read_rows, to_send
+from aisle.preprocess.tables.table import (
+    SURPLUS,
+    FaultyRow,
+    Row,
+    fingerprint,
+    missing_column,
+    read_range,
+    read_rows,
+    to_send,
+)
 from aisle.preprocess.tables.upsert import check_columns, portions, target_of
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
 from aisle.preprocess.values import TextError
@@ -111,6 +120,7 @@ def classify_file(
     start = time.perf_counter()
     target = target_of(source, out, keys, since, shard)
     columns, total = scan_source(source, text_column, out if kind == "xlsx" else None, shard)
+    columns = [name for name in columns if not target or name != SURPLUS]  # a table of a database has its columns
     part = shard.rows(total) if shard else range(total)
     models = _Models(classifier)
     check_fields(text_column, columns, models.fields)

@@ -19,10 +19,12 @@ OWNER = "owner"
 
 
 class Postgres:
-    """A running server, with a database of its own for each test."""
+    """A running server."""
 
-    def __init__(self, port: int, database: str = "postgres") -> None:
-        self.port, self.database = port, database
+    database = "postgres"
+
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def url(self, table: str = "", user: str = OWNER) -> str:
         return f"postgresql://{user}@127.0.0.1:{self.port}/{self.database}" + (f"?table={table}" if table else "")

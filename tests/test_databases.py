@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import itertools
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -14,24 +17,20 @@ import adbc_driver_postgresql.dbapi as dbapi
 import deltalake
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from aisle.client import Classifier
 from aisle.client.bulk import classify_file
 from aisle.errors import InputError
 from aisle.preprocess.tables import databases, upsert
-from aisle.preprocess.tables.duck import Duck
 from aisle.preprocess.tables.place import as_argument, place_of, quoted
-from aisle.preprocess.tables.postgres import Postgres as PostgresTable
 from aisle.preprocess.tables.table import fingerprint, read_rows
 
-from .conftest import aisle
+from .conftest import Server, aisle, wait_for
 from .databases import PASSWORD, Postgres, running
 from .test_tables import Answering
 
-NAME = '商品.t"x'  # a table's name that needs quotes, in a schema
-NAMES = itertools.count()
+NAME = '"商品.t""x"'  # a table's name that needs quotes
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +43,8 @@ def server_of_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postg
 @pytest.fixture
 def postgres(server_of_tables: Postgres, monkeypatch: pytest.MonkeyPatch) -> Postgres:
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    name = f"d{next(NAMES)}"
-    server_of_tables.run(f"CREATE DATABASE {name}")
-    return Postgres(server_of_tables.port, name)
+    server_of_tables.run("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", "GRANT USAGE ON SCHEMA public TO PUBLIC")
+    return server_of_tables
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +68,9 @@ def classify(
 
 PRODUCTS = """CREATE TABLE products (id bigint PRIMARY KEY, text text, price numeric(12,4), code uuid, about jsonb,
     updated_at timestamptz, day date, tags text[], picture bytea, lasts interval)"""
-FILL = """INSERT INTO products SELECT n, CASE WHEN n % 7 = 3 THEN NULL ELSE '耳机 ' || n END, n * 1.5, gen_random_uuid(),
-    '{"a": [1]}', '2026-11-01 08:00Z'::timestamptz + n * '1 s'::interval, '2026-11-01', ARRAY['a,b', NULL], '\\x00ff',
-    '1 day 02:00' FROM generate_series(1, 20) AS n"""
+FILL = """INSERT INTO products SELECT n, CASE WHEN n % 7 = 3 THEN NULL ELSE '耳机 ' || n END, n * 1.5,
+    gen_random_uuid(), '{"a": [1]}', '2026-11-01 08:00Z'::timestamptz + n * '1 s'::interval, '2026-11-01',
+    ARRAY['a,b', NULL], '\\x00ff', '1 day 02:00' FROM generate_series(1, 20) AS n"""
 
 
 def test_from_postgresql_to_postgresql_every_type_is_kept(postgres: Postgres) -> None:
@@ -97,6 +95,7 @@ def test_infinite_dates_are_read_as_missing(postgres: Postgres) -> None:
 
 
 KINDS = ("postgresql", "duckdb", "delta")
+PAIRS = (("postgresql", "postgresql"), ("postgresql", "delta"), ("delta", "duckdb"), ("duckdb", "postgresql"))
 NOON = datetime.datetime(2026, 11, 28, 12, tzinfo=datetime.UTC)
 Make = Callable[[str, str], str]  # returns the address of a table, by the kind of database and the table's name
 
@@ -106,7 +105,9 @@ def address(tmp_path: Path, request: pytest.FixtureRequest) -> Make:
     def make(kind: str, name: str) -> str:
         if kind == "postgresql":
             return str(request.getfixturevalue("postgres").url(quote(name)))
-        return f"duckdb:{tmp_path}/tables.duckdb?table={quote(name)}" if kind == "duckdb" else f"delta:{tmp_path}/{name}"
+        return (
+            f"duckdb:{tmp_path}/tables.duckdb?table={quote(name)}" if kind == "duckdb" else f"delta:{tmp_path}/{name}"
+        )
 
     return make
 
@@ -150,8 +151,7 @@ def answered(rows: list[dict[str, Any]], category: str = "数码") -> list[tuple
     return [(*each, None if each[1] else "bad") for each in found]
 
 
-@pytest.mark.parametrize("into", KINDS)
-@pytest.mark.parametrize("from_", KINDS)
+@pytest.mark.parametrize(("from_", "into"), PAIRS)
 def test_a_row_replaces_the_one_with_its_key(address: Make, from_: str, into: str) -> None:
     source, out = address(from_, "商品"), address(into, "类目")
     rows = [product(n, n, text=None if n == 2 else "耳机") for n in range(5)]
@@ -166,8 +166,7 @@ def test_a_row_replaces_the_one_with_its_key(address: Make, from_: str, into: st
     assert (row['"标 签'], row["source_warning"], row["warning"]) == (["a", "b"], "old", None)
 
 
-@pytest.mark.parametrize("into", KINDS)
-@pytest.mark.parametrize("from_", KINDS)
+@pytest.mark.parametrize(("from_", "into"), PAIRS)
 def test_since_reads_only_what_is_new(address: Make, from_: str, into: str) -> None:
     """Rows with the greatest value and rows without one are read again, so that none is lost."""
     source, out = address(from_, "s"), address(into, "o")
@@ -220,3 +219,297 @@ def test_a_stopped_run_over_all_rows_writes_none(address: Make, into: str) -> No
     assert written(out) == []
     assert classify(source, out, keys=["id"], since="updated_at")["rows"] == 20
     assert written(out) == answered(rows)
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must end with exit code 2 and one line; return that line."""
+    done = aisle("classify", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert PASSWORD not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"user": "nobody"}, 'password authentication failed for user "nobody"; give it by PGPASSWORD, ~/.pgpass'),
+        ({"database": "none"}, 'database "none" does not exist'),
+        ({"port": 1}, "port 1 failed: Connection refused"),
+        ({"host": "no-such-host.invalid"}, 'could not translate host name "no-such-host.invalid"'),
+        ({"table": "missing"}, 'relation "missing" does not exist; check ?table='),
+        ({"table": "nowhere.missing"}, 'relation "nowhere.missing" does not exist'),
+        ({"table": "a..b"}, "end it with ?table=NAME"),
+        ({"table": ""}, "end it with ?table=NAME"),
+        ({"table": "words&colour=red"}, 'invalid URI query parameter: "colour"'),
+        ({"table": "words"}, "no column 'text'; it has: word; give the right one with --text-column"),
+        ({"user": "reader"}, "permission denied for table t; ask for the rights: SELECT to read"),
+        ({"password": PASSWORD}, "an address of PostgreSQL has a password; leave the password out"),
+        ({"table": f"t&password={PASSWORD}"}, "an address of PostgreSQL has a password; leave the password out"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_one_line(
+    postgres: Postgres, tmp_path: Path, change: dict[str, str], complaint: str
+) -> None:
+    postgres.run("CREATE TABLE t (text text)", "CREATE TABLE words (word text)", "INSERT INTO words VALUES ('a')")
+    if "user" in change:
+        postgres.run("DROP ROLE IF EXISTS reader", f"CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'")
+    at = {"host": "127.0.0.1", "port": postgres.port, "database": postgres.database, "user": "owner", "table": "t"}
+    at |= change
+    user = at["user"] + (f":{change['password']}" if "password" in change else "")
+    source = f"postgresql://{user}@{at['host']}:{at['port']}/{at['database']}?table={at['table']}"
+    message = refused(source, "-o", tmp_path / "out.jsonl")
+    assert complaint in message
+    assert "password" in change or "&password" in at["table"] or f"aisle: {source}".split("?")[0] in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_is_needed(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PGPASSWORD")
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
+    out, table = tmp_path / "out.jsonl", postgres.url("t")
+    assert "no password supplied; give it by PGPASSWORD, ~/.pgpass or PGSERVICE" in refused(table, "-o", out)
+    (tmp_path / "pgpass").write_text(f"127.0.0.1:{postgres.port}:*:owner:{PASSWORD}\n")
+    (tmp_path / "pgpass").chmod(0o600)
+    assert 'relation "t" does not exist' in refused(table, "-o", out)
+    (tmp_path / "services").write_text(
+        f"[shop]\nhost=127.0.0.1\nport={postgres.port}\nuser=owner\ndbname={postgres.database}\npassword={PASSWORD}\n"
+    )
+    (tmp_path / "pgpass").unlink()
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    assert 'relation "t" does not exist' in refused("postgresql:///?service=shop&table=t", "-o", out)
+    monkeypatch.setenv("PGSERVICE", "shop")
+    assert 'relation "t" does not exist' in refused("postgresql:///?table=t", "-o", out)
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("duckdb:{0}/none.duckdb?table=t", "database does not exist"),
+        ("duckdb:{0}/text.txt?table=t", "not a valid DuckDB database file"),
+        ("duckdb:{0}/tables.duckdb?table=none", "Table with name none does not exist"),
+        ("duckdb:{0}/tables.duckdb", "end it with ?table=NAME"),
+        ("delta:{0}/none", "does not exist"),
+        ("delta:{0}", "No files in log segment"),
+    ],
+)
+def test_a_file_that_is_no_table_is_one_line(tmp_path: Path, source: str, complaint: str) -> None:
+    duckdb.connect(str(tmp_path / "tables.duckdb")).close()
+    (tmp_path / "text.txt").write_text("no database\n" * 1000)
+    assert complaint in refused(source.format(tmp_path), "-o", tmp_path / "out.jsonl")
+
+
+def test_a_duckdb_file_that_another_program_writes_is_one_line(tmp_path: Path) -> None:
+    code = f"import duckdb; database = duckdb.connect('{tmp_path}/a.duckdb'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        message = refused(f"duckdb:{tmp_path}/a.duckdb?table=t", "-o", tmp_path / "out.jsonl")
+        other.communicate(b"\n")
+    assert "Could not set lock on file" in message
+    assert message.endswith("; close the program that writes it\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["{csv}", "-o", "{table}"], "a database as the output needs --key COLUMN"),
+        (["{csv}", "-o", "{out}", "--key", "id"], "--key and --since are for a database as the output"),
+        (["{csv}", "-o", "{table}", "--key", "id", "--since", "at"], "--since is for a database as FILE"),
+        (["{csv}", "-o", "{table}", "--key", "id", "--shard", "1/2"], "--shard is for files"),
+        (["{table}", "-o", "{out}", "--shard", "1/2"], "--shard is for files"),
+        (["{table}", "-o", "{table}", "--key", "id"], "is the input; choose another output"),
+        (["{table}"], "give the output with -o"),
+        (["{csv}", "-o", "{table}", "--key", "id", "--bom"], "--bom is for .csv and .tsv"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(tmp_path: Path, options: list[str], complaint: str) -> None:
+    names = {"csv": tmp_path / "in.csv", "out": tmp_path / "out.csv", "table": f"duckdb:{tmp_path}/a.duckdb?table=t"}
+    names["csv"].write_text("id,text\n1,a\n")
+    assert complaint in refused(*(each.format(**names) for each in options))
+
+
+def test_other_commands_do_not_write_to_a_database(tmp_path: Path) -> None:
+    done = aisle("clean", tmp_path / "in.csv", "-o", f"duckdb:{tmp_path}/a.duckdb?table=t")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "only `aisle classify` writes to a database" in aisle("sample", "-o", "delta:a").stderr
+
+
+@pytest.mark.parametrize("module", ["adbc_driver_postgresql", "duckdb", "deltalake"])
+def test_a_missing_package_names_its_extra(tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {
+        "adbc_driver_postgresql": "postgresql:///d?table=t",
+        "duckdb": "duckdb:a?table=t",
+        "deltalake": "delta:a",
+    }
+    for name in [each for each in sys.modules if each.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "[sql]'" in refused(sources.get(module, "delta:a"), "-o", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("into", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "options", "complaint"),
+    [
+        ([product(1, 1), product(1, 2)], {}, "two rows have id = 1; --key names columns that no two rows share"),
+        ([product(1, 1), product(1, 2)], {"keys": ["id", "updated_at"]}, ""),
+        ([product(1, None)], {"keys": ["id", "updated_at"]}, r"a row has no id \+ updated_at"),
+        ([product(1, 1)], {"keys": ["sku"]}, "no column 'sku'; it has: id, text, .* with --key"),
+        ([product(1, 1)], {"keys": ["warning"]}, "'warning' is the name of a column that is added"),
+        ([product(1, 1)], {"since": "sku"}, "--since sku: no such column; the table has: id, text"),
+        ([product(1, 1)], {"since": "text"}, "--since text: it holds string; name a column of times"),
+    ],
+)
+def test_keys_are_checked_before_the_work(
+    address: Make, into: str, rows: list[dict[str, Any]], options: dict[str, Any], complaint: str
+) -> None:
+    source, out, answering = address("duckdb", "s"), address(into, "o"), Answering()
+    fill(source, rows)
+    if not complaint:
+        assert classify(source, out, answering, **options)["rows"] == 2
+        return
+    with pytest.raises(InputError, match=complaint):
+        classify(source, out, answering, **{"keys": ["id"], **options})
+    assert answering.asked == []
+
+
+@pytest.mark.parametrize("into", KINDS)
+def test_an_output_of_other_columns_is_refused_before_the_work(address: Make, into: str) -> None:
+    source, out, answering = address("duckdb", "s"), address(into, "o"), Answering()
+    fill(source, [product(1, 1)])
+    fill(out, [product(1, 1)])
+    with pytest.raises(InputError, match="has no column 'source_warning', 'category', 'confidence', 'error'; add it"):
+        classify(source, out, answering, keys=["id"])
+    assert answering.asked == []
+
+
+@pytest.mark.parametrize(
+    ("prepared", "complaint"),
+    [
+        ("CREATE TABLE o (id int, text text, {added})", "make the columns of --key unique in it: CREATE UNIQUE INDEX"),
+        ("CREATE TABLE o (id int PRIMARY KEY, text text, {added}); GRANT SELECT, INSERT ON o TO writer", "permission"),
+        ("SELECT 1", "permission denied for schema public; ask for the rights"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    postgres: Postgres, tmp_path: Path, prepared: str, complaint: str
+) -> None:
+    postgres.run("DROP ROLE IF EXISTS writer", f"CREATE ROLE writer LOGIN PASSWORD '{PASSWORD}'")
+    added = "category text, confidence float, warning text, error text"
+    postgres.run(*prepared.format(added=added).split(";"))
+    (tmp_path / "in.csv").write_text("id,text\n1,耳机\n", "utf-8")
+    answering = Answering()
+    user = "owner" if "INDEX" in complaint else "writer"
+    with pytest.raises(InputError, match=complaint):
+        classify(tmp_path / "in.csv", postgres.url("o", user), answering, keys=["id"])
+    assert answering.asked == []
+    postgres.run("DROP OWNED BY writer", "DROP ROLE writer")
+
+
+def test_a_table_of_other_types_takes_what_fits(postgres: Postgres, tmp_path: Path) -> None:
+    """A file has texts only; the table's own types and defaults apply. A value that does not fit is one line."""
+    postgres.run(
+        """CREATE TABLE o (id int PRIMARY KEY, text varchar(9), price numeric, category varchar, confidence real,
+        warning text, error text, made timestamptz DEFAULT now())"""
+    )
+    source, out = tmp_path / "in.csv", postgres.url("o")
+    source.write_text("id,text,price\n1,耳机\0x,12.50\n2,a,5,c\n3,,\n", "utf-8")
+    result = classify(source, out, keys=["id"])
+    assert result["errors"] == 2
+    rows = postgres.rows("o", ["id", "text", "price::text", "category", "error IS NULL", "made IS NULL"])
+    assert rows[0] == (1, "耳机\ufffdx", "12.50", "数码", True, False)
+    assert [row[3:] for row in rows[1:]] == [(None, False, False)] * 2
+    source.write_text("id,text,price\n1,far too long,1\n4,b,1\n", "utf-8")
+    with pytest.raises(InputError, match=r"value too long for type character varying\(9\)"):
+        classify(source, out, keys=["id"])
+    assert postgres.rows("o", ["id"]) == [(1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("into", ["out.parquet", "out.csv", "out.jsonl"])
+def test_a_table_becomes_a_file(address: Make, kind: str, into: str, tmp_path: Path) -> None:
+    fill(source := address(kind, NAME if kind != "delta" else "x"), rows := [product(n, n) for n in range(3)])
+    result = classify(source, tmp_path / into)
+    assert result["rows"] == 3
+    found = list(read_rows(tmp_path / into))
+    assert [str(row["id"]) for row in found] == ["0", "1", "2"]
+    if into == "out.parquet":
+        assert [row["updated_at"] for row in found] == [row["updated_at"] for row in rows]
+
+
+def test_all_commands_read_a_table(address: Make, tmp_path: Path) -> None:
+    """One reading of a table is one state of it, whose SHA-256 is the same as long as the rows are."""
+    fill(source := address("postgresql", "s"), [product(n, n, f"耳机 {n}") for n in range(30)])
+    done = aisle("clean", source, "-o", tmp_path / "clean.csv", "--label-column", "warning", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(list(read_rows(tmp_path / "clean.csv"))) == 30
+    before = fingerprint(Path(source))
+    databases.forget()
+    assert fingerprint(Path(source)) == before
+    fill(source, [product(n, n, f"耳机 {n}") for n in range(31)])
+    assert fingerprint(Path(source)) == before  # this process reads it once
+    databases.forget()
+    assert fingerprint(Path(source)) != before
+
+
+def test_several_processes_do_not_read_several_states(address: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="each read another state of it"):
+        next(read_rows(Path(address("duckdb", "s"))))
+
+
+@pytest.mark.parametrize(
+    ("given", "address_of", "table"),
+    [
+        ("postgresql:///d?table=t", "postgresql://@/d", ("t",)),
+        ("postgres://u@h:1/d?table=s.t&sslmode=require", "postgresql://u@h:1/d?sslmode=require", ("s", "t")),
+        ('postgresql://h/d?table=s."t.x"', "postgresql://h/d", ("s", "t.x")),
+        ('postgresql://h/d?table=%E5%95%86"; DROP TABLE x', "", ()),
+        ("postgresql://h/d?table=商; DROP TABLE x; --", "postgresql://h/d", ("商; DROP TABLE x; --",)),
+        ("postgresql:///d?host=/run/postgresql&table=t", "postgresql://@/d?host=/run/postgresql", ("t",)),
+        ("duckdb:a/b.duckdb?table=t", "a/b.duckdb", ("t",)),
+        ("duckdb://a/b.duckdb?table=t", "a/b.duckdb", ("t",)),
+        ("duckdb:///a/b.duckdb?table=m.t", "/a/b.duckdb", ("m", "t")),
+        ("delta:a/b", "a/b", ()),
+        ("delta:///a/b", "/a/b", ()),
+        ("delta:s3://bucket/b", "s3://bucket/b", ()),
+    ],
+)
+def test_an_address_survives_the_command_line(given: str, address_of: str, table: tuple[str, ...]) -> None:
+    path = Path(as_argument(given))
+    if not table and "delta" not in given:
+        with pytest.raises(InputError, match="end it with"):
+            place_of(path)
+        return
+    assert (place_of(path).address, place_of(path).table) == (address_of, table)
+    assert as_argument(f"--data={given}") == f"--data={as_argument(given)}"
+
+
+@pytest.mark.long
+def test_a_run_killed_again_and_again_loses_nothing_and_writes_nothing_twice(
+    server: Server, postgres: Postgres
+) -> None:
+    """kill -9 of the real command, against the real servers, each time after it has written some more."""
+    postgres.run(
+        "CREATE TABLE s (id int PRIMARY KEY, text text, at timestamptz)",
+        "INSERT INTO s SELECT n, '苹果 ' || n, now() + n / 3 * '1 s'::interval FROM generate_series(1, 3000) AS n",
+    )
+    few = "from aisle.preprocess.tables.postgres import Postgres; Postgres.rows_at_once = 300"
+    command = [sys.executable, "-c", f"{few}; from aisle.cli import main; main()", "classify", postgres.url("s")]
+    command += ["-o", postgres.url("o"), "--key", "id", "--since", "at", "--url", server.url, "--json"]
+    for goal in (300, 900, 1500):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(partial(has_rows, postgres, goal, process))
+        process.kill()
+        process.wait()
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["rows"] <= 1503
+    assert postgres.run("SELECT id, text, at FROM s EXCEPT SELECT id, text, at FROM o") == []
+    assert postgres.run("SELECT count(*), count(DISTINCT id), count(category) FROM o") == [(3000, 3000, 3000)]
+
+
+def has_rows(postgres: Postgres, goal: int, process: subprocess.Popen[bytes]) -> bool:
+    """Return whether the table `o` has so many rows; the process must not have ended."""
+    assert process.poll() is None
+    (made,) = postgres.run("SELECT to_regclass('o') IS NOT NULL")[0]
+    return made and postgres.run("SELECT count(*) FROM o")[0][0] >= goal

@@ -71,29 +71,30 @@ class Postgres:
             reader = without_nul(fitted(file, fit))
             names, kept = reader.schema.names, {each.name: (each.metadata or {}).get(TYPE) for each in reader.schema}
             cursor.adbc_ingest(STAGED, reader, mode="create", temporary=True)
+            staged = dict(self._ask(cursor, COLUMNS, f"pg_temp.{STAGED}"))
+            if not self._ask(cursor, COLUMNS):
+                self._create(cursor, keys, staged, kept)
             types = dict(self._ask(cursor, COLUMNS))
-            if not types:
-                self._create(cursor, keys, kept)
-                types = dict(self._ask(cursor, COLUMNS))
             require_columns(self._place, names, list(types))
-            cursor.execute(self._upsert(names, types, keys, since))
+            values = [_value(name, staged[name], types[name]) for name in names]
+            cursor.execute(self._upsert(names, values, keys, since))
 
-    def _create(self, cursor: Any, keys: list[str], kept: dict[str, bytes | None]) -> None:
+    def _create(self, cursor: Any, keys: list[str], staged: dict[str, str], kept: dict[str, bytes | None]) -> None:
         """Make the table, with the types that the columns had in PostgreSQL, or those of the temporary table."""
         columns = []
-        for name, kind in self._ask(cursor, COLUMNS, f"pg_temp.{STAGED}"):
+        for name, kind in staged.items():
             had = (kept[name] or b"").decode()
             known = had and self._ask(cursor, "SELECT to_regtype($1)::text", quoted(had))[0][0]
             columns.append(f"{quoted(name)} {known or kind}")
         key = f"PRIMARY KEY ({', '.join(map(quoted, keys))})"
         cursor.execute(f"CREATE TABLE {self._table} ({', '.join([*columns, key])})")
 
-    def _upsert(self, names: list[str], types: dict[str, str], keys: list[str], since: str | None) -> str:
+    def _upsert(self, names: list[str], values: list[str], keys: list[str], since: str | None) -> str:
         columns, key = ", ".join(map(quoted, names)), ", ".join(map(quoted, keys))
-        cast = ", ".join(f"CAST({quoted(name)} AS {types[name]})" for name in names)
         changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in names if name not in keys)
         return (
-            f"INSERT INTO {self._table} AS old ({columns}) SELECT {cast} FROM pg_temp.{STAGED} ORDER BY {key} "
+            f"INSERT INTO {self._table} AS old ({columns}) "
+            f"SELECT {', '.join(values)} FROM pg_temp.{STAGED} ORDER BY {key} "
             f"ON CONFLICT ({key}) DO UPDATE SET {changes} WHERE {newer(since, 'old', 'excluded')}"
         )
 
@@ -139,6 +140,14 @@ def _driver() -> Any:
     except ImportError:
         raise InputError(f"PostgreSQL needs an extra: {install(EXTRA)}") from None
     return adbc_driver_postgresql.dbapi
+
+
+def _value(name: str, kind: str, wanted: str) -> str:
+    """Return the SQL of a value in another type. An empty cell of a file is no number and no time: it is missing."""
+    column = quoted(name)
+    if kind == "text" and not wanted.startswith(("text", "character")):
+        column = f"NULLIF({column}, '')"
+    return f"CAST({column} AS {wanted})"
 
 
 def fit(kind: Any) -> Any:
