@@ -66,8 +66,17 @@ def running(folder: Path) -> Iterator[Postgres]:
         for each in (folder, secret):
             shutil.chown(each, "postgres")
     options = f"-p {port} -c fsync=off -c unix_socket_directories= -c listen_addresses=127.0.0.1"
-    initdb = [binaries / "initdb", "-D", home, "-U", OWNER, "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync"]
-    start = [binaries / "pg_ctl", "-D", home, "-w", "-o", options, "-l", folder / "log", "start"]
+    initdb: list[str | Path] = [
+        binaries / "initdb",
+        "-D",
+        home,
+        "-U",
+        OWNER,
+        "--auth=scram-sha-256",
+        f"--pwfile={secret}",
+        "--no-sync",
+    ]
+    start: list[str | Path] = [binaries / "pg_ctl", "-D", home, "-w", "-o", options, "-l", folder / "log", "start"]
     for command in ([*initdb, "-E", "UTF8", "--locale=C.UTF-8"], start):
         subprocess.run([*user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
     try:

@@ -23,6 +23,7 @@ from aisle.client import Classifier
 from aisle.client.bulk import classify_file
 from aisle.errors import InputError
 from aisle.preprocess.tables import databases, upsert
+from aisle.preprocess.tables.delta import Delta
 from aisle.preprocess.tables.place import as_argument, place_of, quoted
 from aisle.preprocess.tables.table import fingerprint, read_rows
 
@@ -62,8 +63,8 @@ def classify(
                 raise KeyboardInterrupt
             yield each
 
-    given = (Path(as_argument(str(each))) for each in (source, out))
-    return classify_file(cast(Classifier, answering or Answering()), *given, "text", 1, track, **options)
+    given, to = (Path(as_argument(str(each))) for each in (source, out))
+    return classify_file(cast(Classifier, answering or Answering()), given, to, "text", 1, track, **options)
 
 
 PRODUCTS = """CREATE TABLE products (id bigint PRIMARY KEY, text text, price numeric(12,4), code uuid, about jsonb,
@@ -195,14 +196,34 @@ def test_a_row_is_not_replaced_by_an_older_one(address: Make, into: str) -> None
     assert written(out) == answered([product(1, 8, "新"), product(2, 9)])
 
 
+def test_many_rows_replace_those_of_a_delta_table(address: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one merge takes; columns that only the table has are kept."""
+    source, out = address("postgresql", "s"), address("delta", "o")
+    fill(source, rows := [product(n, n) for n in range(5)])
+    classify(source, out, keys=["id"])
+    table = deltalake.DeltaTable(place_of(Path(out)).address)
+    table.alter.add_columns(
+        [deltalake.Field("note", deltalake.Schema.from_arrow(pa.schema([("n", pa.string())])).fields[0].type)]
+    )
+    table.update({"note": "'mine'"}, predicate="id = 3")
+    monkeypatch.setattr(Delta, "rows_at_once", 2)
+    fill(source, changed := [product(n, n, "改") for n in range(3, 8)])
+    classify(source, out, keys=["id", "updated_at"])
+    assert written(out) == answered([*rows[:3], *changed])
+    assert [row["note"] for row in read_rows(Path(out)) if row["id"] == 3] == ["mine"]
+    versions = table.version() + 1
+    classify(source, out, keys=["id"])
+    assert deltalake.DeltaTable(place_of(Path(out)).address).version() == versions + 1
+
+
 @pytest.mark.parametrize("into", KINDS)
 def test_a_stopped_run_goes_on_where_it_was(address: Make, into: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = address("duckdb", "s"), address(into, "o")
     fill(source, rows := [product(n, n // 2) for n in range(20)])
     monkeypatch.setattr(type(databases.database(Path(out))), "rows_at_once", 3)
-    first, options = Answering(), {"keys": ["id"], "since": "updated_at"}
+    options: dict[str, Any] = {"keys": ["id"], "since": "updated_at"}
     with pytest.raises(KeyboardInterrupt):
-        classify(source, out, first, **options, stopping_at=11)
+        classify(source, out, **options, stopping_at=11)
     assert written(out) == answered(rows[:9])
     second = classify(source, out, **options)
     assert second["rows"] == 12  # of the row with the greatest time, the other is read again too
@@ -253,7 +274,13 @@ def test_a_source_that_cannot_be_read_is_one_line(
     postgres.run("CREATE TABLE t (text text)", "CREATE TABLE words (word text)", "INSERT INTO words VALUES ('a')")
     if "user" in change:
         postgres.run("DROP ROLE IF EXISTS reader", f"CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'")
-    at = {"host": "127.0.0.1", "port": postgres.port, "database": postgres.database, "user": "owner", "table": "t"}
+    at: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": postgres.port,
+        "database": postgres.database,
+        "user": "owner",
+        "table": "t",
+    }
     at |= change
     user = at["user"] + (f":{change['password']}" if "password" in change else "")
     source = f"postgresql://{user}@{at['host']}:{at['port']}/{at['database']}?table={at['table']}"
@@ -323,8 +350,9 @@ def test_a_duckdb_file_that_another_program_writes_is_one_line(tmp_path: Path) -
     ],
 )
 def test_options_that_do_not_fit_are_one_line(tmp_path: Path, options: list[str], complaint: str) -> None:
-    names = {"csv": tmp_path / "in.csv", "out": tmp_path / "out.csv", "table": f"duckdb:{tmp_path}/a.duckdb?table=t"}
-    names["csv"].write_text("id,text\n1,a\n")
+    csv, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    names = {"csv": csv, "out": out, "table": f"duckdb:{tmp_path}/a.duckdb?table=t"}
+    csv.write_text("id,text\n1,a\n")
     assert complaint in refused(*(each.format(**names) for each in options))
 
 
@@ -512,4 +540,4 @@ def has_rows(postgres: Postgres, goal: int, process: subprocess.Popen[bytes]) ->
     """Return whether the table `o` has so many rows; the process must not have ended."""
     assert process.poll() is None
     (made,) = postgres.run("SELECT to_regclass('o') IS NOT NULL")[0]
-    return made and postgres.run("SELECT count(*) FROM o")[0][0] >= goal
+    return bool(made and postgres.run("SELECT count(*) FROM o")[0][0] >= goal)

@@ -68,10 +68,9 @@ def snapshot(path: Path, since: Since | None = None) -> Path:
 
 
 def _copy(path: Path, since: Since | None, file: Path) -> None:
-    pyarrow = load_pyarrow()
     with (
         database(path).read(since) as (schema, batches),
-        pyarrow.parquet.ParquetWriter(file, schema) as writer,
+        load_pyarrow().parquet.ParquetWriter(file, schema) as writer,
     ):
         for batch in batches:
             writer.write_batch(batch)

@@ -15,7 +15,7 @@ from aisle.preprocess.tables.fitting import fitted, newer, query, require_column
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 STAGED = "aisle_new"
-MEMORY = "1GB"  # more goes to temporary files
+MEMORY = "512MB"  # more goes to temporary files
 
 
 class Duck:

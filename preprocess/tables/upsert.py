@@ -9,6 +9,7 @@ from pathlib import Path
 from aisle.errors import InputError
 from aisle.preprocess.tables import columnar
 from aisle.preprocess.tables.databases import Database, check_keys, database, forget, snapshot
+from aisle.preprocess.tables.duck import load_duckdb
 from aisle.preprocess.tables.opening import kind_of, local
 from aisle.preprocess.tables.place import Since, is_database
 from aisle.preprocess.tables.shard import Shard
@@ -31,6 +32,8 @@ def target_of(source: Path, out: Path, keys: Sequence[str], since: str | None, s
     if since and not from_database:
         raise InputError("--since is for a database as FILE; all rows of a file are classified")
     target = database(out) if to_database else None
+    if target:
+        load_duckdb()  # checks the keys, whatever the target is
     if from_database:
         forget(source)
         snapshot(source, Since(since, target.greatest(since)) if target and since else None)
