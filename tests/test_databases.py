@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ import adbc_driver_postgresql.dbapi as dbapi
 import deltalake
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aisle.client import Classifier
@@ -454,6 +456,38 @@ def test_a_table_of_other_types_takes_what_fits(postgres: Postgres, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_types_that_a_database_lacks_become_the_nearest(address: Make, kind: str, tmp_path: Path) -> None:
+    """Of lists and objects in PostgreSQL, and of times in Delta Lake, that is text."""
+    columns = {
+        "id": pa.array([1, 2]),
+        "large": pa.array([2**64 - 1, None], pa.uint64()),
+        "half": pa.array([1.5, None], pa.float32()).cast(pa.float16()),
+        "wide": pa.array([Decimal("1.25"), None], pa.decimal256(50, 2)),
+        "at": pa.array([datetime.time(8), None]),
+        "zone": pa.array([0, None], pa.timestamp("s", "Asia/Shanghai")),
+        "lists": pa.array([[["a"]], None]),
+        "object": pa.array([{"a": 1}, None]),
+        "word": pa.array(["a", None]).dictionary_encode(),
+        "none": pa.nulls(2),
+    }
+    pq.write_table(pa.table(columns), file := tmp_path / "rows.parquet")
+    path = Path(address(kind, "t"))
+    for _ in range(2):
+        databases.database(path).write(file, ["id"], None)
+    first, second = sorted(read_rows(path), key=lambda row: row["id"])
+    assert second == dict.fromkeys(columns) | {"id": 2}
+    assert [str(first[name]) for name in ("large", "half", "wide")] == ["18446744073709551615", "1.5", "1.25"]
+    assert (first["zone"], first["word"], first["none"]) == (
+        datetime.datetime.fromtimestamp(0, datetime.UTC),
+        "a",
+        None,
+    )
+    assert first["at"] == ("08:00:00.000000" if kind == "delta" else datetime.time(8))
+    as_text = kind == "postgresql"
+    assert (first["lists"], first["object"]) == (('[["a"]]', '{"a": 1}') if as_text else ([["a"]], {"a": 1}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("into", ["out.parquet", "out.csv", "out.jsonl"])
 def test_a_table_becomes_a_file(address: Make, kind: str, into: str, tmp_path: Path) -> None:
     fill(source := address(kind, NAME if kind != "delta" else "x"), rows := [product(n, n) for n in range(3)])
@@ -511,6 +545,21 @@ def test_an_address_survives_the_command_line(given: str, address_of: str, table
         return
     assert (place_of(path).address, place_of(path).table) == (address_of, table)
     assert as_argument(f"--data={given}") == f"--data={as_argument(given)}"
+
+
+def test_the_command_of_the_manual(server: Server, address: Make) -> None:
+    """The real command and the real server: a first run, and one over what is new."""
+    source, out = address("duckdb", "products"), address("delta", "classified")
+    fill(source, [product(1, 1, "苹果"), product(2, 2, None)])
+    command = ["classify", source, "-o", out, "--key", "id", "--since", "updated_at", "--url", server.url]
+    done = aisle(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"2 rows, 1 errors, 0 warnings in {out}; next: aisle review {out} -o" in done.stderr
+    fill(source, [product(1, 1, "苹果"), product(2, 2, None), product(3, 3, "香蕉")])
+    result = json.loads(aisle(*command, "--json").stdout)
+    assert (result["rows"], result["errors"], result["output"]) == (2, 1, out)
+    databases.forget()
+    assert [row["category"] is None for row in read_rows(Path(out))].count(True) == 1
 
 
 @pytest.mark.long

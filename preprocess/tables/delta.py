@@ -112,7 +112,9 @@ class Delta:
             raise InputError(f"tables of Delta Lake need an extra: {install(EXTRA)}") from None
         try:
             yield deltalake
-        except DeltaError as error:
+        except Exception as error:
+            if not isinstance(error, DeltaError) and type(error) is not Exception:  # some of its errors have no class
+                raise
             told = str(error).partition("\n")[0]
             raise InputError(f"{self._place}: {told}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aisle.errors import InputError
 from aisle.extras import install
-from aisle.preprocess.tables.columnar import BATCH
+from aisle.preprocess.tables.columnar import BATCH, load_pyarrow
 from aisle.preprocess.tables.fitting import fitted, newer, query, require_columns
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
@@ -49,7 +49,7 @@ class Duck:
 
         MERGE needs no index on the key, which DuckDB would hold in memory.
         """
-        reader = fitted(file, lambda kind: kind)
+        reader = fitted(file, fit)
         names = reader.schema.names
         with opened(self._place, self._place.address) as database:
             database.begin()
@@ -97,6 +97,14 @@ def opened(place: object, file: str, read_only: bool = False) -> Iterator[Any]:
         told = str(error).partition("\n")[0].partition(" See also ")[0]
         hint = "; close the program that writes it" if "lock" in told else ""
         raise InputError(f"{place}: {told}{hint}") from None
+
+
+def fit(kind: Any) -> Any:
+    """Return the type of a column that DuckDB can hold."""
+    pyarrow = load_pyarrow()
+    if pyarrow.types.is_decimal256(kind) or pyarrow.types.is_null(kind):
+        return pyarrow.string()
+    return pyarrow.float32() if pyarrow.types.is_float16(kind) else kind
 
 
 def load_duckdb() -> Any:

@@ -12,7 +12,7 @@ from aisle.errors import InputError
 
 EXTRA = "sql"
 NO_PASSWORD = "leave the password out, because lists of processes and logs show it; set PGPASSWORD or use ~/.pgpass"
-_ADDRESS = re.compile(r"(postgres(?:ql)?|duckdb|delta):(.*)", re.DOTALL)
+_ADDRESS = re.compile(r"(postgres(?:ql)?|duckdb|delta):(?!\s)(.*)", re.DOTALL)  # not a text such as "delta: a tap"
 _PASSWORD = re.compile(r"postgres(?:ql)?:/*[^@?]*:[^@?]*@|.*[?&](?:ssl)?password=", re.DOTALL)
 _PART = r'(?:"(?:[^"]|"")+"|[^".]+)'  # of a name such as shop."my.table"
 
