@@ -70,14 +70,17 @@ def classify(
 
 
 PRODUCTS = """CREATE TABLE products (id bigint PRIMARY KEY, text text, price numeric(12,4), code uuid, about jsonb,
-    updated_at timestamptz, day date, tags text[], picture bytea, lasts interval)"""
+    updated_at timestamptz, day date, tags text[], picture bytea, lasts interval, cost money, grid int[], maker maker,
+    moods mood[])"""
+TYPES = ("CREATE TYPE maker AS (name text, since int)", "CREATE TYPE mood AS ENUM ('good', 'bad')")
 FILL = """INSERT INTO products SELECT n, CASE WHEN n % 7 = 3 THEN NULL ELSE '耳机 ' || n END, n * 1.5,
     gen_random_uuid(), '{"a": [1]}', '2026-11-01 08:00Z'::timestamptz + n * '1 s'::interval, '2026-11-01',
-    ARRAY['a,b', NULL], '\\x00ff', '1 day 02:00' FROM generate_series(1, 20) AS n"""
+    ARRAY['a,b', NULL], '\\x00ff', '1 day 02:00', '12.50', ARRAY[[1, 2], [3, 4]],
+    ROW('华为'::text, 1987)::maker, ARRAY['bad'::mood] FROM generate_series(1, 20) AS n"""
 
 
 def test_from_postgresql_to_postgresql_every_type_is_kept(postgres: Postgres) -> None:
-    postgres.run(PRODUCTS, FILL, "INSERT INTO products (id, price, day) VALUES (99, 'NaN', '0044-03-15 BC')")
+    postgres.run(*TYPES, PRODUCTS, FILL, "INSERT INTO products (id, price, day) VALUES (99, 'NaN', '0044-03-15 BC')")
     result = classify(postgres.url("products"), postgres.url("classified"), keys=["id"])
     assert (result["rows"], result["errors"], result["output"]) == (21, 4, postgres.url("classified"))
     types = """SELECT attname, atttypid::regtype::text FROM pg_attribute

@@ -111,6 +111,8 @@ def _values(column: Any) -> list[Any]:
 def _scalar(scalar: Any) -> Any:
     try:
         return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
     except (ValueError, OverflowError):
         text: str = scalar.cast(load_pyarrow().string()).as_py()
         return text if "out of range" not in text else str(scalar.value)

@@ -37,7 +37,7 @@ class Delta:
             new = rows.scanner(filter=_new(since, rows.schema), **FEW)
             with opened(self._place, ":memory:") as database:  # sorts more rows than memory holds
                 database.register("rows", new.to_reader())
-                order = query("rows", rows.schema, Since(since.column, None), "VARCHAR", [])
+                order = query("rows", rows.schema, Since(since.column, None), {}, [])
                 ordered = database.sql(order).to_arrow_reader(BATCH)
                 yield ordered.schema, iter(ordered)
 

@@ -11,7 +11,7 @@ from typing import Any
 from aisle.errors import InputError
 from aisle.extras import install
 from aisle.preprocess.tables.columnar import BATCH, load_pyarrow
-from aisle.preprocess.tables.fitting import fitted, newer, query, require_columns
+from aisle.preprocess.tables.fitting import as_text, fitted, newer, query, require_columns, storable
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 STAGED = "aisle_new"
@@ -31,7 +31,8 @@ class Duck:
         """Yield the schema and the batches of the rows as they are at one moment."""
         with opened(self._place, self._place.address, read_only=True) as database:
             own = database.sql(f"SELECT * FROM {self._table} LIMIT 0").to_arrow_table().schema
-            rows = database.sql(query(self._table, own, since, "VARCHAR", [])).to_arrow_reader(BATCH)
+            cast = {field.name: "VARCHAR" for field in own if not storable(field.type)}
+            rows = database.sql(query(self._table, as_text(own, cast), since, cast, [])).to_arrow_reader(BATCH)
             yield rows.schema, iter(rows)
 
     def greatest(self, column: str) -> Any | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,22 @@ from aisle.preprocess.tables.place import Since, quoted
 Fit = Callable[[Any], Any]  # returns the type that a column of a type is written as
 
 
-def query(table: str, schema: Any, since: Since | None, text: str, order: list[str]) -> str:
-    """Return the SQL that reads a table whose columns have the types `schema`.
+def query(table: str, schema: Any, since: Since | None, cast: Mapping[str, str], order: list[str]) -> str:
+    """Return the SQL that reads a table. Infinite dates are read as missing, because Arrow has none.
 
-    Columns without a type in Parquet are read as text, and infinite dates as missing. With `since`, the rows come in
-    the order of its column.
+    With `since`, the rows come in the order of its column.
 
     Args:
         table: its quoted name.
-        text: the database's type of texts.
+        schema: what is read.
+        cast: the types that columns are cast to.
         order: columns that the rows are sorted by.
 
     Raises:
         InputError: the column of `since` is not there, or its values have no order that all databases share.
     """
-    found = f"SELECT {', '.join(_read_as(field, text) for field in schema)} FROM {table}"
+    columns = [_read_as(field, cast.get(field.name, "")) for field in schema]
+    found = f"SELECT {', '.join(columns) or 'NULL'} FROM {table}"
     if since:
         name = quoted(since.column)
         least = literal(since, schema)
@@ -59,17 +60,17 @@ def is_moment(kind: Any) -> bool:
     return bool(types.is_timestamp(kind) or types.is_date(kind))
 
 
-def _read_as(field: Any, text: str) -> str:
+def _read_as(field: Any, cast: str) -> str:
     name = quoted(field.name)
-    if is_moment(field.type):
-        return f"CASE WHEN isfinite({name}) THEN {name} END AS {name}"  # Arrow has no infinite times
-    return name if storable(field.type) else f"CAST({name} AS {text}) AS {name}"
+    if cast:
+        return f"CAST({name} AS {cast}) AS {name}"
+    return f"CASE WHEN isfinite({name}) THEN {name} END AS {name}" if is_moment(field.type) else name
 
 
-def readable(schema: Any) -> Any:
-    """Return the schema of what `query` reads."""
+def as_text(schema: Any, names: Collection[str]) -> Any:
+    """Return a schema in which some columns are texts."""
     text = load_pyarrow().string()
-    return load_pyarrow().schema([each if storable(each.type) else each.with_type(text) for each in schema])
+    return load_pyarrow().schema([each.with_type(text) if each.name in names else each for each in schema])
 
 
 def storable(kind: Any) -> bool:

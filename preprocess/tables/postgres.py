@@ -12,11 +12,12 @@ from typing import Any
 from aisle.errors import InputError
 from aisle.extras import install
 from aisle.preprocess.tables.columnar import load_pyarrow
-from aisle.preprocess.tables.fitting import fitted, newer, query, readable, require_columns, widened
+from aisle.preprocess.tables.fitting import as_text, fitted, newer, query, require_columns, widened
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 STAGED = "aisle_new"  # the temporary table of the rows that are written
 TYPE = b"POSTGRESQL:type"  # key in a column's metadata, where the driver writes its type
+SAME = re.compile(r"_?(bool|int[248]|oid|float[48]|text|varchar|bpchar|name|bytea|date|time|timestamp|timestamptz)")
 CONNECT_TIMEOUT = 10  # seconds; without one, a host that drops packets takes minutes
 START = (
     "SET LOCAL TIME ZONE 'UTC'",
@@ -52,9 +53,22 @@ class Postgres:
         with self._transaction(SNAPSHOT, *START) as cursor:
             own = cursor.adbc_execute_schema(f"SELECT * FROM {self._table}")
             key = [row[0] for row in self._ask(cursor, KEY)]
-            cursor.execute(query(self._table, own, since, "text", key))
-            schema = readable(own)
+            cast = dict.fromkeys(self._unlike_arrow(cursor, own), "text")
+            schema = as_text(own, cast)
+            cursor.execute(query(self._table, schema, since, cast, key))
             yield schema, self._batches(cursor.fetch_record_batch(), schema)
+
+    def _unlike_arrow(self, cursor: Any, schema: Any) -> list[str]:
+        """Return the columns whose values the driver gives another meaning, such as arrays of several dimensions."""
+        kinds = {field.name: (field.metadata or {}).get(TYPE, b"").decode() for field in schema}
+        unlike = [name for name, kind in kinds.items() if not SAME.fullmatch(kind)]
+        arrays = [name for name, kind in kinds.items() if kind.startswith("_") and name not in unlike]
+        if arrays:
+            cursor.execute(
+                f"SELECT {', '.join(f'max(array_ndims({quoted(each)}))' for each in arrays)} FROM {self._table}"
+            )
+            unlike += [name for name, most in zip(arrays, cursor.fetchone(), strict=True) if (most or 0) > 1]
+        return unlike
 
     def greatest(self, column: str) -> Any | None:
         """Return the greatest value of a column; None if it has none, or there is no table yet."""
