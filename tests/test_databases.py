@@ -102,7 +102,7 @@ def test_infinite_dates_are_read_as_missing(postgres: Postgres) -> None:
 
 KINDS = ("postgresql", "duckdb", "delta")
 PAIRS = (("postgresql", "postgresql"), ("postgresql", "delta"), ("delta", "duckdb"), ("duckdb", "postgresql"))
-NOON = datetime.datetime(2026, 11, 28, 12, tzinfo=datetime.UTC)
+NOON = datetime.datetime(2024, 11, 1, 12, tzinfo=datetime.UTC)
 Make = Callable[[str, str], str]  # returns the address of a table, by the kind of database and the table's name
 
 
@@ -184,6 +184,18 @@ def test_since_reads_only_what_is_new(address: Make, from_: str, into: str) -> N
     assert classify(source, out, **options)["rows"] == 5  # 1, 4 and 6 at second 5; 7; and 3 without a time
     assert written(out) == answered(rows)
     assert classify(source, out, **options)["rows"] == 2
+    assert written(out) == answered(rows)
+
+
+@pytest.mark.parametrize("into", KINDS)
+def test_one_wrong_time_does_not_hide_later_rows(address: Make, into: str) -> None:
+    """A time far ahead is not taken for the greatest; its row is read again."""
+    source, out = address("duckdb", "s"), address(into, "o")
+    options: dict[str, Any] = {"keys": ["id"], "since": "updated_at"}
+    fill(source, rows := [product(1, 1), product(2, 2), product(3, 40 * 365 * 86400)])
+    classify(source, out, **options)
+    fill(source, rows := [*rows, product(4, 3)])
+    assert classify(source, out, **options)["rows"] == 3
     assert written(out) == answered(rows)
 
 

@@ -11,7 +11,7 @@ from aisle.errors import InputError
 from aisle.extras import install
 from aisle.preprocess.tables.columnar import BATCH, load_pyarrow, open_parquet
 from aisle.preprocess.tables.duck import opened
-from aisle.preprocess.tables.fitting import fitted, literal, newer, query, require_columns, widened
+from aisle.preprocess.tables.fitting import fitted, literal, newer, not_ahead, query, require_columns, widened
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 FEW = {"batch_size": BATCH, "batch_readahead": 1, "fragment_readahead": 1}  # so that little is held in memory
@@ -42,17 +42,17 @@ class Delta:
                 yield ordered.schema, iter(ordered)
 
     def greatest(self, column: str) -> Any | None:
-        """Return the greatest value of a column; None if it has none, or there is no table yet."""
-        import pyarrow.compute as compute
-
+        """Return the greatest value of a column, of times not ahead; None if there is none, or no table yet."""
         with self._told() as library:
             if not library.DeltaTable.is_deltatable(self._place.address):
                 return None
             rows = library.DeltaTable(self._place.address).to_pyarrow_dataset()
-            require_columns(self._place, [column], rows.schema.names)
-            parts = [compute.max(batch[0]) for batch in rows.to_batches(columns=[column], **FEW)]
-            found = [each for each in parts if each.is_valid]
-            return compute.max(load_pyarrow().array([each.as_py() for each in found], found[0].type)) if found else None
+        require_columns(self._place, [column], rows.schema.names)
+        name, kind = quoted(column), rows.schema.field(column).type
+        with opened(self._place, ":memory:") as database:
+            database.register("rows", rows.scanner(columns=[column], **FEW).to_reader())
+            found = database.sql(f"SELECT max({name}) FROM rows WHERE {not_ahead(name, kind)}").to_arrow_table()[0][0]
+            return found if found.is_valid else None
 
     def write(self, file: Path, keys: list[str], since: str | None) -> None:
         """Insert or update the rows of a Parquet file in one version. A missing table is made.
@@ -98,7 +98,8 @@ class Delta:
         ]
         with opened(self._place, ":memory:") as database:
             database.register("old", old.scanner(**FEW).to_reader())
-            database.register("new", reader)
+            database.register("batches", reader)
+            database.execute("CREATE TEMP TABLE new AS SELECT * FROM batches")  # this thread alone calls Python
             joined = f"SELECT {', '.join(columns)} FROM old FULL JOIN new ON {same}"
             yield database.sql(joined).to_arrow_reader(BATCH)
 

@@ -11,11 +11,11 @@ from typing import Any
 from aisle.errors import InputError
 from aisle.extras import install
 from aisle.preprocess.tables.columnar import BATCH, load_pyarrow
-from aisle.preprocess.tables.fitting import as_text, fitted, newer, query, require_columns, storable
+from aisle.preprocess.tables.fitting import as_text, fitted, newer, not_ahead, query, require_columns, storable
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 STAGED = "aisle_new"
-MEMORY = "512MB"  # more goes to temporary files
+MEMORY = "1GB"  # more goes to temporary files
 
 
 class Duck:
@@ -36,13 +36,16 @@ class Duck:
             yield rows.schema, iter(rows)
 
     def greatest(self, column: str) -> Any | None:
-        """Return the greatest value of a column; None if it has none, or there is no table yet."""
+        """Return the greatest value of a column, of times not ahead; None if there is none, or no table yet."""
+        name = quoted(column)
         if not Path(self._place.address).exists():
             return None
         with opened(self._place, self._place.address, read_only=True) as database:
             if not self._exists(database):
                 return None
-            value = database.sql(f"SELECT max({quoted(column)}) FROM {self._table}").to_arrow_table()[0][0]
+            kind = database.sql(f"SELECT {name} FROM {self._table} LIMIT 0").to_arrow_table().schema.field(0).type
+            found = database.sql(f"SELECT max({name}) FROM {self._table} WHERE {not_ahead(name, kind)}")
+            value = found.to_arrow_table()[0][0]
             return value if value.is_valid else None
 
     def write(self, file: Path, keys: list[str], since: str | None) -> None:

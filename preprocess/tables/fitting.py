@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def is_moment(kind: Any) -> bool:
     """Return whether a type is that of times or dates."""
     types = load_pyarrow().types
     return bool(types.is_timestamp(kind) or types.is_date(kind))
+
+
+def not_ahead(name: str, kind: Any) -> str:
+    """Return the SQL condition that a time is not ahead of the clock, so that one wrong date hides no later row.
+
+    Times without a zone may be ahead by hours.
+    """
+    return f"{name} <= '{tomorrow().isoformat()}'" if is_moment(kind) else "TRUE"
+
+
+def tomorrow() -> datetime:
+    return datetime.now(UTC) + timedelta(days=1)
 
 
 def _read_as(field: Any, cast: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from aisle.errors import InputError
 from aisle.extras import install
 from aisle.preprocess.tables.columnar import load_pyarrow
-from aisle.preprocess.tables.fitting import as_text, fitted, newer, query, require_columns, widened
+from aisle.preprocess.tables.fitting import as_text, fitted, newer, not_ahead, query, require_columns, widened
 from aisle.preprocess.tables.place import EXTRA, Place, Since, quoted
 
 STAGED = "aisle_new"  # the temporary table of the rows that are written
@@ -32,6 +32,7 @@ COLUMNS = """SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
 REMEDIES = {
     "42P10": "make the columns of --key unique in it: CREATE UNIQUE INDEX ON TABLE (COLUMNS)",
     "42501": "ask for the rights: SELECT to read; also INSERT and UPDATE, and TEMPORARY on the database, to write",
+    "21000": "two rows of the input have the same --key as the types of this table have it",
     "42P01": "check ?table=; a name is taken as it is written, with capitals",
 }
 
@@ -64,18 +65,19 @@ class Postgres:
         unlike = [name for name, kind in kinds.items() if not SAME.fullmatch(kind)]
         arrays = [name for name, kind in kinds.items() if kind.startswith("_") and name not in unlike]
         if arrays:
-            cursor.execute(
-                f"SELECT {', '.join(f'max(array_ndims({quoted(each)}))' for each in arrays)} FROM {self._table}"
-            )
-            unlike += [name for name, most in zip(arrays, cursor.fetchone(), strict=True) if (most or 0) > 1]
+            most = ", ".join(f"max(array_ndims({quoted(name)}))" for name in arrays)
+            cursor.execute(f"SELECT {most} FROM {self._table}")
+            unlike += [name for name, count in zip(arrays, cursor.fetchone(), strict=True) if (count or 0) > 1]
         return unlike
 
     def greatest(self, column: str) -> Any | None:
-        """Return the greatest value of a column; None if it has none, or there is no table yet."""
+        """Return the greatest value of a column, of times not ahead; None if there is none, or no table yet."""
+        name = quoted(column)
         with self._transaction(*START) as cursor:
             if not self._ask(cursor, COLUMNS):
                 return None
-            cursor.execute(f"SELECT max({quoted(column)}) FROM {self._table}")
+            kind = cursor.adbc_execute_schema(f"SELECT {name} FROM {self._table}").field(0).type
+            cursor.execute(f"SELECT max({name}) FROM {self._table} WHERE {not_ahead(name, kind)}")
             value = cursor.fetch_arrow_table()[0][0]
             return value if value.is_valid else None
 
@@ -143,7 +145,7 @@ class Postgres:
         own = re.search(r"(?:ERROR|FATAL): +(.*)", text)
         told = own[1] if own else re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", " ".join(text.split()))
         remedy = REMEDIES.get(getattr(error, "sqlstate", None) or "", "")
-        if "password" in told:
+        if re.search("password (authentication|supplied)", told):
             remedy = "give it by PGPASSWORD, ~/.pgpass or PGSERVICE"
         return f"{self._place}: {told}{f'; {remedy}' if remedy else ''}"
 
