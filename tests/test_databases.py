@@ -197,6 +197,23 @@ def test_one_wrong_time_does_not_hide_later_rows(address: Make, into: str) -> No
     fill(source, rows := [*rows, product(4, 3)])
     assert classify(source, out, **options)["rows"] == 3
     assert written(out) == answered(rows)
+    fill(source, rows := [*rows[:2], product(3, 4), rows[3]])
+    classify(source, out, **options)
+    assert written(out) == answered(rows)
+
+
+@pytest.mark.parametrize("into", KINDS)
+@pytest.mark.parametrize("kind", ["timestamp", "date", "bigint"])
+def test_since_takes_times_dates_and_whole_numbers(address: Make, kind: str, into: str, tmp_path: Path) -> None:
+    source, out = address("duckdb", "s"), address(into, "o")
+    options: dict[str, Any] = {"keys": ["id"], "since": "at"}
+    value = "n" if kind == "bigint" else f"('2024-11-01'::DATE + n::INT)::{kind}"
+    for rows, read in ((3, 3), (5, 3)):
+        with duckdb.connect(place_of(Path(source)).address) as database:
+            database.execute(
+                f"CREATE OR REPLACE TABLE s AS SELECT n AS id, 'a' AS text, {value} AS at FROM range({rows}) AS t(n)"
+            )
+        assert classify(source, out, **options)["rows"] == read
 
 
 @pytest.mark.parametrize("into", KINDS)

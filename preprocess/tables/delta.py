@@ -80,7 +80,7 @@ class Delta:
         names = {"source_alias": "new", "target_alias": "old"}
         # With streamed_exec it would hold the rows of the table in memory, and not the new ones.
         merge = table.merge(rows, same, **names, streamed_exec=False, writer_properties=groups)
-        condition = newer(since, "old", "new", ticked)
+        condition = newer(rows.schema, since, "old", "new", ticked)
         merge.when_matched_update_all(predicate=condition).when_not_matched_insert_all().execute()
 
     @contextmanager
@@ -88,7 +88,7 @@ class Delta:
         """Yield a reader of all rows of a table, old and new."""
         old = table.to_pyarrow_dataset()
         same = " AND ".join(f"old.{quoted(key)} = new.{quoted(key)}" for key in keys)
-        taken = f"new.{quoted(keys[0])} IS NOT NULL AND {newer(since, 'old', 'new')}"
+        taken = f"new.{quoted(keys[0])} IS NOT NULL AND {newer(reader.schema, since, 'old', 'new')}"
         columns = [
             f"CASE WHEN {taken} THEN new.{name} ELSE old.{name} END AS {name}"
             if each in reader.schema.names

@@ -54,25 +54,25 @@ class Duck:
         MERGE needs no index on the key, which DuckDB would hold in memory.
         """
         reader = fitted(file, fit)
-        names = reader.schema.names
+        schema, names = reader.schema, reader.schema.names
         with opened(self._place, self._place.address) as database:
             database.begin()
             if not self._exists(database):
-                database.register("empty", reader.schema.empty_table())
+                database.register("empty", schema.empty_table())
                 database.execute(f"CREATE TABLE {self._table} AS SELECT * FROM empty")
             has = database.sql(f"SELECT * FROM {self._table} LIMIT 0").columns
             require_columns(self._place, names, has)
             database.register(STAGED, reader)
-            database.execute(self._merge(names, keys, since))
+            database.execute(self._merge(names, keys, newer(schema, since, "old", "new")))
             database.commit()
 
-    def _merge(self, names: list[str], keys: list[str], since: str | None) -> str:
+    def _merge(self, names: list[str], keys: list[str], condition: str) -> str:
         same = " AND ".join(f"old.{quoted(key)} = new.{quoted(key)}" for key in keys)
         changes = ", ".join(f"{quoted(name)} = new.{quoted(name)}" for name in names if name not in keys)
         columns, values = (", ".join(f"{table}{quoted(name)}" for name in names) for table in ("", "new."))
         return (
             f"MERGE INTO {self._table} AS old USING {STAGED} AS new ON ({same}) "
-            f"WHEN MATCHED AND {newer(since, 'old', 'new')} THEN UPDATE SET {changes} "
+            f"WHEN MATCHED AND {condition} THEN UPDATE SET {changes} "
             f"WHEN NOT MATCHED THEN INSERT ({columns}) VALUES ({values})"
         )
 

@@ -66,11 +66,12 @@ def not_ahead(name: str, kind: Any) -> str:
 
     Times without a zone may be ahead by hours.
     """
-    return f"{name} <= '{tomorrow().isoformat()}'" if is_moment(kind) else "TRUE"
-
-
-def tomorrow() -> datetime:
-    return datetime.now(UTC) + timedelta(days=1)
+    if not is_moment(kind):
+        return "TRUE"
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    if load_pyarrow().types.is_date(kind):
+        return f"{name} <= '{tomorrow.date()}'"
+    return f"{name} <= '{tomorrow if kind.tz else tomorrow.replace(tzinfo=None)}'"
 
 
 def _read_as(field: Any, cast: str) -> str:
@@ -129,12 +130,16 @@ def widened(kind: Any) -> Any:
     return widened(kind.value_type) if pyarrow.types.is_dictionary(kind) else larger.get(kind, kind)
 
 
-def newer(since: str | None, old: str, new: str, quote: Callable[[str], str] = quoted) -> str:
-    """Return the SQL condition that a row is not older than the one it replaces; without `since` it is true."""
+def newer(schema: Any, since: str | None, old: str, new: str, quote: Callable[[str], str] = quoted) -> str:
+    """Return the SQL condition that a row is not older than the one it replaces; without `since` it is true.
+
+    A row whose time is ahead of the clock is replaced too: that time was wrong.
+    """
     if since is None:
         return "TRUE"
-    name = quote(since)
-    return f"({old}.{name} IS NULL OR {new}.{name} IS NULL OR {old}.{name} <= {new}.{name})"
+    was, now = f"{old}.{quote(since)}", f"{new}.{quote(since)}"
+    right = not_ahead(was, schema.field(since).type)
+    return f"({was} IS NULL OR {now} IS NULL OR {was} <= {now} OR NOT ({right}))"
 
 
 def require_columns(place: object, needed: list[str], has: list[str]) -> None:

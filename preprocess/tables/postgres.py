@@ -85,33 +85,33 @@ class Postgres:
         """Insert or update the rows of a Parquet file in one transaction. A missing table is made."""
         with self._transaction(*START) as cursor:
             reader = without_nul(fitted(file, fit))
-            names, kept = reader.schema.names, {each.name: (each.metadata or {}).get(TYPE) for each in reader.schema}
+            schema, names = reader.schema, reader.schema.names
             cursor.adbc_ingest(STAGED, reader, mode="create", temporary=True)
             staged = dict(self._ask(cursor, COLUMNS, f"pg_temp.{STAGED}"))
             if not self._ask(cursor, COLUMNS):
-                self._create(cursor, keys, staged, kept)
+                self._create(cursor, keys, staged, schema)
             types = dict(self._ask(cursor, COLUMNS))
             require_columns(self._place, names, list(types))
             values = [_value(name, staged[name], types[name]) for name in names]
-            cursor.execute(self._upsert(names, values, keys, since))
+            cursor.execute(self._upsert(names, values, keys, newer(schema, since, "old", "excluded")))
 
-    def _create(self, cursor: Any, keys: list[str], staged: dict[str, str], kept: dict[str, bytes | None]) -> None:
+    def _create(self, cursor: Any, keys: list[str], staged: dict[str, str], schema: Any) -> None:
         """Make the table, with the types that the columns had in PostgreSQL, or those of the temporary table."""
         columns = []
         for name, kind in staged.items():
-            had = (kept[name] or b"").decode()
+            had = (schema.field(name).metadata or {}).get(TYPE, b"").decode()
             known = had and self._ask(cursor, "SELECT to_regtype($1)::text", quoted(had))[0][0]
             columns.append(f"{quoted(name)} {known or kind}")
         key = f"PRIMARY KEY ({', '.join(map(quoted, keys))})"
         cursor.execute(f"CREATE TABLE {self._table} ({', '.join([*columns, key])})")
 
-    def _upsert(self, names: list[str], values: list[str], keys: list[str], since: str | None) -> str:
+    def _upsert(self, names: list[str], values: list[str], keys: list[str], condition: str) -> str:
         columns, key = ", ".join(map(quoted, names)), ", ".join(map(quoted, keys))
         changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in names if name not in keys)
         return (
             f"INSERT INTO {self._table} AS old ({columns}) "
             f"SELECT {', '.join(values)} FROM pg_temp.{STAGED} ORDER BY {key} "
-            f"ON CONFLICT ({key}) DO UPDATE SET {changes} WHERE {newer(since, 'old', 'excluded')}"
+            f"ON CONFLICT ({key}) DO UPDATE SET {changes} WHERE {condition}"
         )
 
     def _ask(self, cursor: Any, statement: str, name: str = "") -> list[tuple[Any, ...]]:
