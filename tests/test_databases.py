@@ -202,8 +202,10 @@ def test_one_wrong_time_does_not_hide_later_rows(address: Make, into: str) -> No
     assert written(out) == answered(rows)
 
 
-@pytest.mark.parametrize("into", KINDS)
-@pytest.mark.parametrize("kind", ["timestamp", "date", "bigint"])
+@pytest.mark.parametrize(
+    ("kind", "into"),
+    [("timestamp", "delta"), ("timestamp", "postgresql"), ("date", "duckdb"), ("date", "delta"), ("bigint", "duckdb")],
+)
 def test_since_takes_times_dates_and_whole_numbers(address: Make, kind: str, into: str, tmp_path: Path) -> None:
     source, out = address("duckdb", "s"), address(into, "o")
     options: dict[str, Any] = {"keys": ["id"], "since": "at"}
@@ -409,7 +411,6 @@ def test_a_missing_package_names_its_extra(tmp_path: Path, module: str, monkeypa
     assert "[sql]'" in refused(sources.get(module, "delta:a"), "-o", tmp_path / "out.jsonl")
 
 
-@pytest.mark.parametrize("into", KINDS)
 @pytest.mark.parametrize(
     ("rows", "options", "complaint"),
     [
@@ -423,9 +424,9 @@ def test_a_missing_package_names_its_extra(tmp_path: Path, module: str, monkeypa
     ],
 )
 def test_keys_are_checked_before_the_work(
-    address: Make, into: str, rows: list[dict[str, Any]], options: dict[str, Any], complaint: str
+    address: Make, rows: list[dict[str, Any]], options: dict[str, Any], complaint: str
 ) -> None:
-    source, out, answering = address("duckdb", "s"), address(into, "o"), Answering()
+    source, out, answering = address("duckdb", "s"), address("duckdb", "o"), Answering()
     fill(source, rows)
     if not complaint:
         assert classify(source, out, answering, **options)["rows"] == 2
@@ -519,8 +520,9 @@ def test_types_that_a_database_lacks_become_the_nearest(address: Make, kind: str
     assert (first["lists"], first["object"]) == (('[["a"]]', '{"a": 1}') if as_text else ([["a"]], {"a": 1}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("into", ["out.parquet", "out.csv", "out.jsonl"])
+@pytest.mark.parametrize(
+    ("kind", "into"), [("postgresql", "out.parquet"), ("duckdb", "out.csv"), ("delta", "out.jsonl")]
+)
 def test_a_table_becomes_a_file(address: Make, kind: str, into: str, tmp_path: Path) -> None:
     fill(source := address(kind, NAME if kind != "delta" else "x"), rows := [product(n, n) for n in range(3)])
     result = classify(source, tmp_path / into)
