@@ -26,12 +26,13 @@ REMEDIES = {
     errno.EMFILE: "raise the limit: ulimit -n",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+_ADDRESS = re.compile(r"\b(postgres(?:ql)?):/(?=[^/])")  # of a database, which has lost a slash as a path
 
 
 def failure(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message of an exception. The message is empty if the output was closed."""
     if isinstance(error, InputError):
-        return INPUT, str(error)
+        return INPUT, _ADDRESS.sub(r"\1://", str(error))
     if isinstance(error, ServerError):
         return SERVER, str(error)
     if isinstance(error, OutputClosed):

@@ -22,10 +22,13 @@ from aisle.errors import InputError
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import BAR
 from aisle.preprocess.tables import columnar
+from aisle.preprocess.tables.databases import Database
 from aisle.preprocess.tables.opening import STDIO, Reading, kind_of, local, reading
+from aisle.preprocess.tables.place import shown
 from aisle.preprocess.tables.shard import Shard
 from aisle.preprocess.tables.sheets import require_fit
 from aisle.preprocess.tables.table import (
+    SURPLUS,
     FaultyRow,
     Row,
     fingerprint,
@@ -35,6 +38,7 @@ from aisle.preprocess.tables.table import (
     read_rows,
     to_send,
 )
+from aisle.preprocess.tables.upsert import check_columns, portions, target_of
 from aisle.preprocess.tables.writing import output_kind, refuse_same, remove_unfinished, replacing, write_edited
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
@@ -81,6 +85,8 @@ def classify_file(
     shard: Shard | None = None,
     attributes: bool = False,
     taxonomy: Mapping[str, Counterpart] | None = None,
+    keys: Sequence[str] = (),
+    since: str | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` to `out`, each with its category and confidence, or with an error.
 
@@ -92,6 +98,10 @@ def classify_file(
     Answers are first written to the journal `out` + ``.partial``, a JSONL file that starts with a description of the
     job and is locked. A run that was stopped resumes from there, if the same model answers.
 
+    `source` and `out` can be addresses of tables of databases. There, a row replaces the one with the same key: all in
+    one transaction or, with `since`, in the order of its column, some at a time, so that a run that was stopped
+    resumes from the greatest value that `out` has.
+
     Args:
         track: wraps the stream of answers, to show progress; its second argument is their number.
         decisions: write the decisions; by default as the run that this one resumes or, in a new run, if the model has
@@ -100,6 +110,8 @@ def classify_file(
             each row once, in order.
         attributes: write each attribute of the model too, and its confidence.
         taxonomy: write the counterpart of each category too.
+        keys: the columns that tell the rows of a database apart.
+        since: read only the rows whose value of this column is the greatest in `out` or more, or is missing.
 
     Raises:
         InputError: the file cannot be read, `top_k` is out of range, the model lacks the decisions, the journal belongs
@@ -110,7 +122,9 @@ def classify_file(
     out = shard.part_of(out) if shard else out
     refuse_same(source, out)
     start = time.perf_counter()
+    target = target_of(source, out, keys, since, shard)
     columns, total = scan_source(source, text_column, out if kind == "xlsx" else None, shard)
+    columns = [name for name in columns if not target or name != SURPLUS]  # a table of a database has its columns
     part = shard.rows(total) if shard else range(total)
     models = _Models(classifier)
     check_fields(text_column, columns, models.fields)
@@ -123,18 +137,23 @@ def classify_file(
     if taxonomy:
         added = {**dict.fromkeys(ADDED, added["category"]), **added}
     names = _renames(columns, added)
-    found: Counter[str] = Counter()
+    edit = _Edit(source, columns, added, names, kind, _set_columns if sets else _answer_columns, taxonomy or {})
+    resumed = 0
     try:
-        with _open_journal(out) as (path, journal):
-            remove_unfinished(out)
-            done = _resume(journal, path, _job(source, text_column, wanted, sets, shard))
-            rest = part[done.rows :]
-            answers = track(_answers(classifier, source, text_column, wanted, rest), len(rest))
-            versions = _record(answers, journal, path, done, models, _set_columns if sets else _answer_columns)
-            with replacing(out) as writing:
-                edits = partial(_edits, path, added, found, taxonomy or {})
-                write_edited(source, writing, edits, columns, added, names, kind, part if shard else None)
-            path.unlink()
+        if target:
+            check_columns(source, columns, names, keys, since)
+            answers = track(_answers(classifier, source, text_column, wanted, part), total)
+            versions, found = _fill(target, edit, iter(answers), models, total, list(keys), since)
+        else:
+            with _open_journal(out) as (path, journal):
+                remove_unfinished(out)
+                done = _resume(journal, path, _job(source, text_column, wanted, sets, shard))
+                rest, resumed = part[done.rows :], done.rows
+                answers = track(_answers(classifier, source, text_column, wanted, rest), len(rest))
+                versions = _record(answers, journal, path, done, models, edit.columns_of_answer)
+                with replacing(out) as writing:
+                    found = edit.write(path, writing, part if shard else None)
+                path.unlink()
     except OSError as error:
         message = f"cannot write {out}: {error.strerror or error}; correct that and run the command again: it resumes"
         raise InputError(message) from None
@@ -142,7 +161,7 @@ def classify_file(
     return {
         "rows": len(part),
         **({"shard": str(shard), "first_row": part.start + 1, "source_rows": total} if shard else {}),
-        "resumed_from": done.rows,
+        "resumed_from": resumed,
         "errors": found["error"],
         "warnings": found["warning"],
         **({"unmapped": found["unmapped"]} if taxonomy else {}),
@@ -150,9 +169,35 @@ def classify_file(
         "renamed": names,
         "multi_label": models.multi_label,
         "seconds": round(seconds, 3),
-        "texts_per_second": round((len(part) - done.rows) / seconds, 1),
-        "output": str(out),
+        "texts_per_second": round((len(part) - resumed) / seconds, 1),
+        "output": shown(out),
     }
+
+
+def _fill(
+    target: Database,
+    edit: _Edit,
+    answers: Iterator[Prediction | Failure],
+    models: _Models,
+    total: int,
+    keys: list[str],
+    since: str | None,
+) -> tuple[Counter[int], Counter[str]]:
+    """Write all rows to a table of a database; return the versions that answered, and the errors and warnings.
+
+    Without `since` all rows are written at once: a part of them could not be told from all.
+    """
+    versions, found = Counter[int](), Counter[str]()
+    for portion in portions(total, target.rows_at_once if since else max(total, 1)):
+        with tempfile.TemporaryDirectory(prefix="aisle-classify-") as folder:
+            path, rows = Path(folder, "answers"), Path(folder, "rows.parquet")
+            with path.open("wb") as journal:
+                journal.write(b"{}\n")
+                some = itertools.islice(answers, len(portion))
+                versions += _record(some, journal, path, Progress(0, None, ""), models, edit.columns_of_answer)
+            found += edit.write(path, rows, portion)
+            target.write(rows, keys, since)
+    return versions, found
 
 
 def _wants_decisions(models: _Models, out: Path) -> bool:
@@ -216,6 +261,25 @@ def _record(
         journal.write(json.dumps(row).encode() + b"\n")
     journal.flush()
     return versions
+
+
+class _Edit(NamedTuple):
+    """How answers are added to the rows of a source."""
+
+    source: Path
+    columns: list[str]
+    added: Mapping[str, type]
+    names: Mapping[str, str]  # new names of the source's columns
+    kind: str  # the format to write
+    columns_of_answer: Callable[[Prediction | Failure], Row]
+    taxonomy: Mapping[str, Counterpart]
+
+    def write(self, journal: Path, out: Path, part: range | None) -> Counter[str]:
+        """Write the rows, or a part of them, with the answers of a journal; return the errors and warnings."""
+        found: Counter[str] = Counter()
+        edits = partial(_edits, journal, self.added, found, self.taxonomy)
+        write_edited(self.source, out, edits, self.columns, self.added, self.names, self.kind, part)
+        return found
 
 
 def _edits(

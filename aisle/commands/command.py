@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from aisle.console import detect_closed_output
 from aisle.errors import InputError, Stopped
+from aisle.preprocess.tables.place import as_argument, is_database
 
 FOLDERS = "aisle.folders"  # key in the context's `meta`: the folders that the command will write into
 ON_STDOUT = ("out", "label_errors")  # options whose "-" is standard output
@@ -40,7 +41,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(param.name == "data" and param.param_type_name == "argument" for param in self.params):
             args = _move_data_last(args)
-        args = _join_text_columns(args)
+        args = [as_argument(each) for each in _join_text_columns(args)]
         rest = super().parse_args(ctx, args)
         for name, value in ctx.params.items():
             for each in value if isinstance(value, (list, tuple)) else (value,):
@@ -208,11 +209,22 @@ def file_to_write(ctx: typer.Context, param: typer.CallbackParam, path: Path | N
     """
     if str(path) == "-" and param.name not in ON_STDOUT:
         raise InputError(f"{param.opts[0]} -: this is not written to standard output; name a file")
+    if path is not None and is_database(path):
+        raise InputError(f"cannot write {path}: only `aisle classify` writes to a database; name a file")
     if path is not None and path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; name a file")
     if path is not None and path.exists() and not path.is_file():
         raise InputError(f"cannot write {path}: it is a pipe or a device; name a file")
     return _to_write(ctx, path)
+
+
+def table_to_write(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """As `file_to_write`, or the address of a table of a database.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    return path if path is not None and is_database(path) else file_to_write(ctx, param, path)
 
 
 def page_to_write(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -279,7 +291,7 @@ def file_to_read(ctx: typer.Context, path: Any) -> Any:
         InputError: a file cannot be read; the message names it.
     """
     for each in path if isinstance(path, (list, tuple)) else [path]:
-        if each is None or str(each) == "-" or ctx.resilient_parsing:
+        if each is None or str(each) == "-" or is_database(each) or ctx.resilient_parsing:
             continue
         if each.is_dir():
             raise InputError(f"{each} is a folder; name a file")

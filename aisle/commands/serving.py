@@ -23,10 +23,19 @@ from aisle.commands import (
     other_columns,
     report,
 )
-from aisle.commands.command import Stage, file_to_read, file_to_write, folder_to_write, refuse, resumable
+from aisle.commands.command import (
+    Stage,
+    file_to_read,
+    file_to_write,
+    folder_to_write,
+    refuse,
+    resumable,
+    table_to_write,
+)
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
 from aisle.console import cell, new_table, show, stdout, track
 from aisle.errors import InputError
+from aisle.preprocess.tables.place import is_database
 
 if TYPE_CHECKING:
     from aisle.client import Prediction
@@ -253,7 +262,9 @@ def classify(
     what: TextsOrFile,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--output", callback=file_to_write, help="The file to write: .jsonl, .csv, .parquet."),
+        typer.Option(
+            "-o", "--output", callback=table_to_write, help="The file to write: .jsonl, .csv, .parquet; or a database."
+        ),
     ] = None,
     url: Url = "localhost:8001",
     top_k: TopK = None,
@@ -289,9 +300,19 @@ def classify(
             help="Classify this share of the rows into a part file of -o; job/COUNT takes N from a Kubernetes Job.",
         ),
     ] = "",
+    key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="With a database as -o: a row replaces the one with the same key."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Read only rows that are new by this column: not below its greatest value in -o."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Classify texts, or every row of a file. A file that was stopped resumes."""
+    """Classify texts, or every row of a file or of a database's table. A file that was stopped resumes."""
     from aisle.client import Classifier, TrafficLog
     from aisle.client.bulk import classify_file
     from aisle.client.taxonomy import read_mapping
@@ -317,10 +338,12 @@ def classify(
                     shard=share,
                     attributes=also,
                     taxonomy=counterparts,
+                    keys=key or (),
+                    since=since,
                 )
             written = Path(result["output"])
-            report(result, as_json, lambda _: None, _after_file(result, written, text_column))
-            if not shard:  # one shard of bad rows does not spoil the others
+            report(result, as_json, lambda _: None, _after_file(result, text_column))
+            if not shard and not since:  # some bad rows do not spoil the others
                 _refuse_only_errors(result, what[0], written)
             return
         if decisions is None:
@@ -484,14 +507,15 @@ def _check_texts_or_file(ctx: typer.Context, what: list[str], out: Path | None) 
         raise InputError("-o takes one file at a time")
 
 
-def _after_file(result: dict[str, Any], out: Path, text_column: str) -> tuple[object, ...]:
+def _after_file(result: dict[str, Any], text_column: str) -> tuple[object, ...]:
     """Return what is done, and the next step. Only rows with one category each can be reviewed."""
+    out = result["output"]
     done = f"{result['rows']} rows, {result['errors']} errors, {result['warnings']} warnings in {out}"
     if result.get("unmapped"):
         done += f"; {result['unmapped']} rows have a category without a confirmed counterpart"
     text_column = result["renamed"].get(text_column, text_column)
     columns = other_columns(text_column)
-    if str(out) == "-" or result["multi_label"] or result["errors"] == result["rows"]:
+    if out == "-" or result["multi_label"] or result["errors"] == result["rows"]:
         return (done,)
     return (done, "aisle", "review", out, *columns, "-o", "to_label.csv")
 
@@ -530,13 +554,13 @@ def demo(
     report(result, as_json, _show_demo, (f"version {result['version']} in {repository}", "aisle", "serve", *others))
 
 
-FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard", "taxonomy")
+FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard", "taxonomy", "key", "since")
 
 
 def is_file(text: str) -> bool:
-    """Return whether a text is the name of a file. A text that cannot be a name is not."""
+    """Return whether a text is the name of a file or of a database's table. A text that cannot be a name is not."""
     try:
-        return Path(text).is_file()
+        return Path(text).is_file() or is_database(text)
     except (OSError, ValueError):
         return False
 

@@ -15,6 +15,7 @@ from aisle.errors import InputError
 from aisle.preprocess.clean import CleaningReport
 from aisle.preprocess.fields import PLUS, columns_of
 from aisle.preprocess.labels import Labelling, read_label_map
+from aisle.preprocess.tables.databases import forget
 from aisle.preprocess.tables.opening import Reading, set_reading
 from aisle.preprocess.tables.table import unnamed
 from aisle.preprocess.tables.writing import BOM
@@ -55,6 +56,7 @@ def reads_tables(command: Command) -> Command:
         delimiter = {"\\t": "\t", "tab": "\t"}.get(options["delimiter"], options["delimiter"])
         reading = Reading(delimiter, options["encoding"], options["header"])
         set_reading(reading)
+        forget()
         if reading != Reading():
             _refuse_unused(reading, arguments)
         if contract := options.get("contract"):

@@ -111,6 +111,8 @@ def _values(column: Any) -> list[Any]:
 def _scalar(scalar: Any) -> Any:
     try:
         return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
     except (ValueError, OverflowError):
         text: str = scalar.cast(load_pyarrow().string()).as_py()
         return text if "out of range" not in text else str(scalar.value)
@@ -143,7 +145,7 @@ def write_parquet(
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for batch in _chunks(rows()):
             arrays = [
-                pyarrow.array([_text(row.get(n)) if n in mixed else _storable(row.get(n)) for row in batch], types[n])
+                pyarrow.array([text_of(row.get(n)) if n in mixed else _storable(row.get(n)) for row in batch], types[n])
                 for n in columns
             ]
             writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
@@ -165,7 +167,8 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
+    """Return a value as text: a list or an object as JSON, None as None."""
     if value is None or isinstance(value, str):
         return None if value is None else encodable(value)
     return encodable(json.dumps(plain(value), ensure_ascii=False))

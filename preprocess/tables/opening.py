@@ -27,7 +27,9 @@ from typing import IO, Any, Literal, cast
 from aisle.console import say_once
 from aisle.errors import InputError
 from aisle.extras import install
+from aisle.preprocess.tables.databases import snapshot
 from aisle.preprocess.tables.encodings import SHOWN, guess
+from aisle.preprocess.tables.place import is_database
 
 CERTAIN = 8  # characters outside ASCII; a file with so many that are valid UTF-8 is in no other encoding
 SAMPLE = 64 * 1024  # bytes from which the format and the encoding are detected
@@ -94,7 +96,12 @@ def set_reading(options: Reading) -> None:
 
 
 def kind_of_name(name: str) -> str | None:
-    """Return csv, tsv, jsonl, json, txt, parquet, xlsx or xls, from a file's name; None if the name does not say."""
+    """Return csv, tsv, jsonl, json, txt, parquet, xlsx or xls, from a file's name; None if the name does not say.
+
+    A table of a database is read by way of a Parquet file.
+    """
+    if is_database(name):
+        return "parquet"
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
@@ -109,7 +116,7 @@ def kind_of(path: Path) -> str:
     Raises:
         InputError: the format is unknown.
     """
-    found = kind_of_name(path.name)
+    found = kind_of_name(str(path))
     if found is None and path == STDIO:
         found = _kind_of_head(local(path))
     if found is None and path.suffix.lower() == ".zip" and path.is_file():
@@ -154,6 +161,8 @@ def local(path: Path) -> Path:
     """
     if path == STDIO:
         return _spooled()
+    if is_database(path):
+        return snapshot(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file")
     if not path.is_file():

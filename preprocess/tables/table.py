@@ -20,6 +20,7 @@ from aisle.preprocess.tables import columnar, sheets
 from aisle.preprocess.tables.delimited import LONGEST, Records, TooLong
 from aisle.preprocess.tables.jsonrows import Repeated, array_rows, line_rows
 from aisle.preprocess.tables.opening import STDIO, kind_of, local, open_lines, reading
+from aisle.preprocess.tables.place import is_database
 from aisle.preprocess.values import TextError
 
 Row = dict[str, Any]
@@ -283,6 +284,6 @@ def read_labelled(path: Path, text_column: str, label_column: str) -> Iterator[t
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
-    with (local(path) if path == STDIO else path).open("rb") as file:
+    """Return the SHA-256 of a file's bytes, in hex; of a table of a database, that of the file it was read into."""
+    with (local(path) if path == STDIO or is_database(path) else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from aisle.errors import InputError
 from aisle.preprocess.tables import columnar, opening, sheets
 from aisle.preprocess.tables.opening import STDIO, kind_of, local, open_output
 from aisle.preprocess.tables.passthrough import cell, encodable, plain
+from aisle.preprocess.tables.place import is_database
 from aisle.preprocess.tables.table import Row, read_range, read_rows
 
 EXAMPLES: dict[type, Any] = {str: "", float: 0.0, list[str]: [""], list[float]: [0.0]}  # a value of each edited type
@@ -30,11 +31,13 @@ BOM: ContextVar[bool] = ContextVar("bom", default=False)  # whether CSV and TSV 
 def file_format(path: Path) -> str:
     """Return the format of a file to write, from its name: csv, tsv, jsonl, json, parquet or xlsx.
 
+    Rows go to a database by way of a Parquet file.
+
     Raises:
         InputError: the name has another ending.
     """
-    kind = "jsonl" if path == STDIO else opening.kind_of_name(path.name)
-    if kind in (None, "txt", "xls") or path.suffix.lower() == ".zip":
+    kind = "jsonl" if path == STDIO else opening.kind_of_name(str(path))
+    if kind in (None, "txt", "xls") or (path.suffix.lower() == ".zip" and not is_database(path)):
         raise InputError(
             f"{path}: unknown file format to write; name it .csv, .tsv, .jsonl, .json (or these with .gz, .bz2, "
             ".zst), .parquet or .xlsx"
