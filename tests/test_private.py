@@ -240,8 +240,10 @@ def test_a_delta_alone_is_refused(public: dict[str, Path], tmp_path: Path) -> No
 
 
 def attacked(checkpoint: Path, data: Path) -> dict[str, Any]:
-    done = aisle("evaluate", checkpoint, data, "--membership", "--json")
+    page = checkpoint.with_suffix(".html")
+    done = aisle("evaluate", checkpoint, data, "--membership", "--report", page, "--json")
     assert done.returncode == 0, done.stderr
+    assert "loss of training texts" in page.read_text("utf-8")
     found: dict[str, Any] = json.loads(done.stdout)["membership"]
     return found
 
