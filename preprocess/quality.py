@@ -21,11 +21,12 @@ from aisle.errors import InputError
 from aisle.preprocess import labels as label_rules
 from aisle.preprocess.clean import RARE, CleaningReport, LabelledTexts, content_key, prepare, prepare_label
 from aisle.preprocess.fields import columns_of
+from aisle.preprocess.fill import Filled, Filler, Filling, types_of
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.near import PERMUTATIONS, Signer, neighbours
 from aisle.preprocess.quality_report import GROUPS, quality_page
 from aisle.preprocess.tables.opening import PACKED, STDIO
-from aisle.preprocess.tables.table import FaultyRow, Row, as_text, checked, read_rows
+from aisle.preprocess.tables.table import NAMING, FaultyRow, Row, as_text, checked, read_rows
 from aisle.preprocess.tables.writing import output_kind, refuse_same, replacing, write_edited
 from aisle.preprocess.text_profile import profile
 from aisle.preprocess.values import TextError
@@ -102,6 +103,7 @@ def clean_file(
     track: Track = lambda rows: rows,
     labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
     examine: Examine | None = None,
+    filling: Filling | None = None,
 ) -> dict[str, Any]:
     """Write the rows of `source` that training can use to `out`, and report the others.
 
@@ -120,6 +122,7 @@ def clean_file(
         labelling: how labels are changed.
         examine: looks for wrong labels among the rows that are kept, whose texts are then all in memory. It changes
             nothing; its figures become `label_errors` of the report.
+        filling: the columns whose missing values are filled; the figures become `fill` of the report.
 
     Returns:
         The figures of the report.
@@ -131,6 +134,8 @@ def clean_file(
     refuse_same(source, out)
     if len(columns_of(text_column)) > 1:
         raise InputError(f"--text-column {text_column}: give one column; aisle train cleans several by itself")
+    filling = filling or Filling([])
+    filling.check(text_column, label_column)
     page = _page_of(out, page, near)
     beside = None if out == STDIO else out.parent
     if beside:
@@ -140,8 +145,9 @@ def clean_file(
         contextlib.closing(_Usable(Path(folder), near > 0)) as usable,
     ):
         # Conflicts are known only after the last row, so the texts wait on disk.
-        rows = checked(track(read_rows(source)), [text_column, label_column], source)
-        scan = _scan(rows, usable, text_column, label_column, labelling)
+        filler = Filler(filling)
+        rows = checked(track(read_rows(source)), [text_column, label_column, *filling.names], source, _naming(filling))
+        scan = _scan(rows, usable, filler, text_column, label_column, labelling)
         if not len(usable):
             raise _nothing_usable(source, scan.report)
         duplicates = _find_duplicates(usable, near)
@@ -151,10 +157,13 @@ def clean_file(
             raise InputError(f"{source}: no row is left ({why})")
         files = {"source": str(source), "output": str(out), "report": str(page) if page else None}
         result = {**files, "near": near, **_figures(usable, scan, duplicates, kept, final)}
-        columns = {text_column: str, label_column: str}
+        filled = filler.fill(np.array(usable.first), kept, usable.read)
+        if filled:
+            result["fill"] = {each.name: each.figures for each in filled}
         if examine:
             result["label_errors"] = examine(*_kept_rows(usable, kept, final))
-        edits = partial(_edits, usable, kept, final, [text_column, label_column], scan.report.rows_in)
+        columns = {text_column: str, label_column: str, **types_of(filled)}
+        edits = partial(_edits, usable, kept, final, [text_column, label_column], filled, scan.report.rows_in)
         with replacing(out) as writing:
             write_edited(source, writing, edits, list(scan.columns), columns, kind=kind)
     if page:
@@ -193,12 +202,17 @@ def _kept_rows(usable: _Usable, kept: Mask, final: list[str | None]) -> tuple[li
     return [usable.rows[place] for place in places], LabelledTexts(texts, labels)
 
 
-def _edits(usable: _Usable, kept: Mask, final: list[str | None], columns: list[str], rows: int) -> Iterator[Row | None]:
+def _edits(
+    usable: _Usable, kept: Mask, final: list[str | None], columns: list[str], filled: list[Filled], rows: int
+) -> Iterator[Row | None]:
     """Yield the new text and label of each of the source's `rows`, None for a row that is dropped."""
     done = 0
     for place, text in usable.read(kept):
         yield from itertools.repeat(None, usable.rows[place] - done - 1)
-        yield dict(zip(columns, (text, final[usable.labels[place]]), strict=True))
+        edit: Row = dict(zip(columns, (text, final[usable.labels[place]]), strict=True))
+        for each in filled:
+            edit |= each.edit(place)
+        yield edit
         done = usable.rows[place]
     yield from itertools.repeat(None, rows - done)
 
@@ -217,8 +231,15 @@ def _page_of(out: Path, page: Path | None, near: float) -> Path | None:
     return page
 
 
-def _scan(rows: Iterable[Row], usable: _Usable, text_column: str, label_column: str, labelling: Labelling) -> _Scan:
-    """Read all rows, and add those with a text and a label to `usable`."""
+def _naming(filling: Filling) -> str:
+    """Return the options that name columns."""
+    return NAMING.replace(" or ", ", ") + ", --fill or --fill-by" if filling.columns else NAMING
+
+
+def _scan(
+    rows: Iterable[Row], usable: _Usable, filler: Filler, text_column: str, label_column: str, labelling: Labelling
+) -> _Scan:
+    """Read all rows, and add those with a text and a label to `usable` and `filler`."""
     scan = _Scan()
     for number, row in enumerate(rows, start=1):
         scan.report.rows_in += 1
@@ -226,6 +247,7 @@ def _scan(rows: Iterable[Row], usable: _Usable, text_column: str, label_column: 
             scan.report.drop(row.reason, number)
             continue
         scan.columns.update(dict.fromkeys(row))
+        filler.refuse_marks(row)
         try:
             label = prepare_label(as_text(row.get(label_column)))
             scan.rows_by_label[label] += 1
@@ -234,6 +256,7 @@ def _scan(rows: Iterable[Row], usable: _Usable, text_column: str, label_column: 
             scan.report.drop(error.reason, number)
             continue
         usable.add(number, text, labelling.renamed.get(label, label))
+        filler.add(row)
     return scan
 
 

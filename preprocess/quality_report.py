@@ -27,6 +27,8 @@ def quality_page(result: dict[str, Any]) -> Page:
     _changed_labels(page, result)
     if "label_errors" in result:
         _label_errors(page, result["label_errors"])
+    for column, found in result.get("fill", {}).items():
+        _filled(page, column, found)
     _duplicates(page, result)
     _languages_and_lengths(page, result)
     page.heading("Personal data")
@@ -64,6 +66,45 @@ def _label_errors(page: Page, found: dict[str, Any]) -> None:
         "text": "text",
     }
     page.records(columns, found["examples"])
+
+
+def _filled(page: Page, column: str, found: dict[str, Any]) -> None:
+    page.heading(f"Filled values of {column}")
+    page.text(fill_note(column, found))
+    page.text(
+        "Held out: known values are hidden and filled again. From products, one row at a time; from texts, a fifth of "
+        "the products at a time. Lower bounds have 95 % confidence. Rows that lack a value for a reason, such as "
+        "products without a brand, are not in this estimate."
+    )
+    columns = {"way": "filled from", "rows": "rows", "disputed": "left empty, because of several values"}
+    columns |= {"hidden": "hidden", "again": "filled again", "precision": "precision", "at_least": "lower bound"}
+    ways = [
+        {"way": way, "rows": rows, "disputed": found["disputed"][way], "again": tested["filled"], **tested}
+        for way, rows in found["filled"].items()
+        for tested in [found["held_out"][way]]
+    ]
+    page.records(columns, ways)
+    page.text(
+        "Values in the texts of rows that lack one. A value is used if it is right in enough of the texts that contain "
+        "it and whose value is known, by the lower bound."
+    )
+    figures = {"value": "value", "used": "used", "texts": "texts with it", "right": "right", "at_least": "lower bound"}
+    page.records({**figures, "mentions": "rows that lack a value", "filled": "filled"}, found["values"])
+
+
+def fill_note(column: str, found: dict[str, Any]) -> str:
+    """Return a line about a column that was filled."""
+    ways = ", ".join(
+        f"{rows} from the {way}" + _estimate(found["held_out"][way]) for way, rows in found["filled"].items()
+    )
+    left = found["missing"] - sum(found["filled"].values())
+    return f"{column}: {found['missing']} rows lack a value; filled: {ways}; left empty: {left}"
+
+
+def _estimate(tested: dict[str, Any]) -> str:
+    if not tested["filled"]:
+        return " (no estimate)"
+    return f" (held out: {tested['right']} of {tested['filled']} right, {tested['precision']:.1%})"
 
 
 def _duplicates(page: Page, result: dict[str, Any]) -> None:

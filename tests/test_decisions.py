@@ -13,7 +13,7 @@ import pytest
 
 from aisle.client import Prediction
 from aisle.errors import InputError
-from aisle.train.core.binomial import interval, lowest_share
+from aisle.preprocess.binomial import interval, lowest_share
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.decision_fit import fit_decisions, grouped
 from aisle.train.core.decisions import ACCEPT, NONE, REVIEW, UNKNOWN, Category, Decisions, levels_of, scores

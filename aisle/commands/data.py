@@ -24,6 +24,7 @@ from aisle.errors import InputError
 from aisle.preprocess.labels import sets_note
 
 if TYPE_CHECKING:
+    from aisle.preprocess.fill import Filling
     from aisle.train.adapt.label_errors import Suspects
 
 app = Stage()
@@ -68,6 +69,17 @@ def clean(
             help="Also write a table of the labels that are probably wrong, for a person to correct; none is changed.",
         ),
     ] = None,
+    fill: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Fill this column where a row lacks it: from rows of the same product, or from the text. Repeatable.",
+        ),
+    ] = None,
+    fill_by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="For --fill, rows with the same value in this column are one product too."),
+    ] = None,
     propose_contract: Annotated[
         Path | None,
         typer.Option(callback=file_to_write, help="Also write a contract for tables like DATA, a .toml file to edit."),
@@ -76,13 +88,15 @@ def clean(
 ) -> None:
     """Clean a table: drop copies and conflicting labels, replace personal data, and write a report."""
     from aisle.preprocess.quality import clean_file
+    from aisle.preprocess.quality_report import fill_note
 
     refuse_two_on_stdout(out, as_json)
     rules = labelling(fold_labels, label_map, min_rows)
     suspects = _suspects(data, label_errors, out, as_json) if label_errors else None
     examine = suspects.find if suspects else None
+    filling = _filling(fill, fill_by)
     result = clean_file(
-        data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules, examine
+        data, out, text_column, label_column, near, page, lambda rows: track(rows, "cleaning"), rules, examine, filling
     )
     if propose_contract:
         from aisle.preprocess.contract import now, propose, write_contract
@@ -92,12 +106,27 @@ def clean(
     note_labels(result)
     if note := sets_note(result["categories"]):
         say(note)
+    for column, found in result.get("fill", {}).items():
+        say(fill_note(column, found))
     if suspects:
         suspects.write()
         _note_suspects(result["label_errors"])
     columns = other_columns(text_column, label_column)
     following = (f"clean table in {out}", "aisle", "train", out, *columns, "-o", "checkpoint")
     report(result, as_json, _show_cleaning, () if str(out) == "-" else following)
+
+
+def _filling(columns: list[str] | None, by: str | None) -> Filling:
+    """Return what --fill and --fill-by say.
+
+    Raises:
+        InputError: --fill-by is given alone.
+    """
+    from aisle.preprocess.fill import Filling
+
+    if by is not None and not columns:
+        raise InputError(f"--fill-by {by} needs --fill COLUMN, the column to fill")
+    return Filling(columns or [], by, lambda texts: track(texts, "looking for values"))
 
 
 def _suspects(data: Path, label_errors: Path, out: Path, as_json: bool) -> Suspects:

@@ -35,13 +35,13 @@ from aisle.commands.options import takes
 from aisle.commands.tables import FoldLabels, LabelMap, MinRows, labelling, reads_tables
 from aisle.console import show
 from aisle.errors import InputError
-from aisle.train.core.settings import DecisionTargets, TrainingSettings
+from aisle.train.core.settings import DecisionTargets, Privacy, TrainingSettings
 
 app = Stage()
 SCRATCH_ONLY = ("layers", "hidden_size")
 RECIPES = ("plain", "best")
 # What a student does not learn, and what a run of several steps does not have.
-OF_PLAIN = ("multi_label", "contrastive", "mixup", "folds", "also")
+OF_PLAIN = ("multi_label", "contrastive", "mixup", "folds", "also", "dp_epsilon")
 OF_DECISIONS = ("accept_precision", "set_error", "unknown_share")
 OF_PRETRAINING = (
     *("model", "layers", "hidden_size", "epochs", "batch_size", "learning_rate", "max_tokens", "accumulate", "seed"),
@@ -50,6 +50,7 @@ OF_PRETRAINING = (
 
 @app.command()
 @reads_tables
+@takes(Privacy, into="privacy")
 @takes(DecisionTargets, into="targets")
 @takes(TrainingSettings)
 def train(
@@ -58,6 +59,7 @@ def train(
     out: Output,
     settings: TrainingSettings,
     targets: DecisionTargets,
+    privacy: Privacy,
     recipe: Annotated[
         str,
         choices(
@@ -89,13 +91,17 @@ def train(
     refuse_ignored(ctx, settings)
     if multi_label:
         refuse(ctx, *OF_DECISIONS, because="is for decisions, which a --multi-label model does not have")
+    if privacy.on:
+        refuse(ctx, *OF_DECISIONS, "patience", because="needs validation texts, which --dp-epsilon does not read")
+    else:
+        refuse(ctx, "dp_delta", because="needs --dp-epsilon")
     if recipe == "best":
         refuse(ctx, *OF_PLAIN, because="does not go with --recipe best")
         from aisle.train.fit.recipe import train_best as run
     else:
         from aisle.train.fit.train import train
 
-        run = partial(train, also=also or ())
+        run = partial(train, also=also or (), privacy=privacy)
 
     with resumable():
         result = run(
@@ -212,6 +218,9 @@ def _show_training(result: dict[str, Any]) -> None:
         spread = ", ".join(f"{name} {mean[name]:.4f} ± {deviation[name]:.4f}" for name in mean)
         show(f"over {len(result['cross_validation']['folds'])} folds: {spread}")
     show_attributes(result.get("attributes", {}))
+    if "privacy" in result:
+        spent = result["privacy"]
+        show(f"differential privacy: epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}")
     if "search" in result:
         found = result["search"]
         show(

@@ -46,6 +46,9 @@ def evaluate(
         Path | None,
         typer.Option(callback=file_to_read, help="A table to fit an SVM and keyword rules on, for comparison."),
     ] = None,
+    membership: Annotated[
+        bool, typer.Option(help="Also measure how well the loss tells the texts that CHECKPOINT was trained on.")
+    ] = False,
     fold_labels: FoldLabels = False,
     label_map: LabelMap = None,
     page: Report = None,
@@ -56,6 +59,8 @@ def evaluate(
 
     if len(what) != (1 if url else 2):
         raise InputError("give either CHECKPOINT DATA, or --url HOST:PORT DATA")
+    if membership and url:
+        raise InputError("--membership needs the checkpoint, and a server does not tell losses; leave out --url")
     checkpoint = None if url else what[0]
     if baselines:
         check_columns([baselines], text_column, label_column)
@@ -69,6 +74,7 @@ def evaluate(
         baselines=baselines,
         report=page,
         labelling=labelling(fold_labels, label_map),
+        membership=membership,
     )
     following = (f"measured {checkpoint}", "aisle", "build", checkpoint) if checkpoint else ()
     report(result, as_json, _show_evaluation, following)
@@ -217,6 +223,12 @@ def _show_evaluation(result: dict[str, Any]) -> None:
     if result["decisions"]:
         _show_decisions(result["decisions"])
     show_attributes(result.get("attributes", {}))
+    if "membership" in result:
+        attack = result["membership"]
+        show(
+            f"membership: the loss tells {attack['members']} texts of the training from {attack['others']} others with "
+            f"an AUC of {attack['auc']:.3f} (0.5: not at all), and finds {attack['found']:.1%} at 1 % false alarms"
+        )
     for each in result.get("baselines", ()):
         show(f"{each['name']}: accuracy {each['accuracy']:.4f}, macro-F1 {each['macro_f1']:.4f}")
 

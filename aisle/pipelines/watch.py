@@ -35,7 +35,7 @@ def check_drift(checkpoint: Path, log: Path, text_column: str) -> dict[str, Any]
 
 def check_accuracy(labels: Path, text_column: str, label_column: str, url: str, least: float) -> dict[str, Any]:
     """Return whether a server is less accurate than `least` on fresh labels, by more than chance explains."""
-    from aisle.train.core.binomial import interval
+    from aisle.preprocess.binomial import interval
     from aisle.train.evaluation.evaluate import evaluate
 
     found = evaluate(labels, text_column, label_column, url=url, held_out=False)

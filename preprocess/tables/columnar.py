@@ -193,13 +193,13 @@ def rewrite(
         edits: one for each of the rows, in order.
         names: new names of columns, by old name.
         types: types of the columns that `edits` sets: str, float, or lists of them. New columns are added in this
-            order.
+            order. A column of type `object` keeps its type, and its values where an edit has none.
     """
     pyarrow = load_pyarrow()
     file = open_parquet(path, where)
     known = {str: pyarrow.string(), float: pyarrow.float64()}
     known |= {list[str]: pyarrow.list_(known[str]), list[float]: pyarrow.list_(known[float])}
-    kinds = {name: known[kind] for name, kind in types.items()}
+    kinds = {name: known[kind] for name, kind in types.items() if kind is not object}
     schema = _edited_schema(file.schema_arrow, kinds, names)
     with pyarrow.parquet.ParquetWriter(out, schema) as writer:
         for batch in batches(file, path, part=part):
@@ -210,7 +210,15 @@ def rewrite(
             kept = _kept(batch, changes)
             arrays = {names.get(n, n): column for n, column in zip(kept.schema.names, kept.columns, strict=True)}
             arrays |= {n: pyarrow.array([_storable(row.get(n)) for row in rows], kind) for n, kind in kinds.items()}
+            partly = [name for name in types if name not in kinds and any(name in row for row in rows)]
+            arrays |= {name: _replaced(arrays[name], rows, name) for name in partly}
             writer.write_table(pyarrow.table([arrays[name] for name in schema.names], schema=schema))
+
+
+def _replaced(column: Any, rows: list[Row], name: str) -> Any:
+    """Return a column with the values of the rows that have one."""
+    values = [_storable(row.get(name, old)) for row, old in zip(rows, column.to_pylist(), strict=True)]
+    return load_pyarrow().array(values, column.type)
 
 
 def _kept(batch: Any, changes: list[Row | None]) -> Any:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from aisle.console import say
 from aisle.errors import InputError
+from aisle.preprocess.binomial import lowest_share
 from aisle.preprocess.clean import LabelledTexts, clean_rows, content_key, prepare, prepare_label
 from aisle.preprocess.labels import Labelling
 from aisle.preprocess.tables.table import as_text, fingerprint, read_labelled, read_rows, refuse_faulty
 from aisle.preprocess.values import TextError
 from aisle.preprocess.vocabulary import MANY_UNKNOWN
 from aisle.train.adapt.labelling_tools import CORRECTION, Disputed, as_correction
-from aisle.train.core.binomial import lowest_share
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.head_data import HeadData, read_heads
 from aisle.train.core.heads import spans

@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from aisle.train.core.binomial import lowest_share
+from aisle.preprocess.binomial import lowest_share
 from aisle.train.core.decisions import Category, Decisions, Floats, Ints, LevelMass, levels_of, limits, scores
 from aisle.train.core.settings import DecisionTargets
 

@@ -131,3 +131,23 @@ class StudentSpec:
         0.0, "Weight of a linear SVM among the teachers, which helps with few texts.", low=0, high=1
     )
     prune: bool = option(True, "Remove the vocabulary pieces that occur in no text.")
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of a training; see `aisle.train.fit.private`."""
+
+    dp_epsilon: float | None = option(
+        None,
+        "Train with differential privacy of this epsilon; 8 is common, less is safer.",
+        low=0.01,
+        high=1000,
+        shown="off",
+    )
+    dp_delta: float = option(
+        1e-5, "Delta of the differential privacy, well below 1 / training texts.", low=1e-12, high=0.1
+    )
+
+    @property
+    def on(self) -> bool:
+        return self.dp_epsilon is not None

@@ -9,8 +9,8 @@ from typing import Any
 from sklearn.metrics import roc_auc_score
 
 from aisle.client import Failure, Prediction
+from aisle.preprocess.binomial import interval
 from aisle.preprocess.labels import SEPARATOR
-from aisle.train.core.binomial import interval
 
 Answers = Sequence[Prediction | Failure]
 Rows = list[tuple[str, Prediction]]  # label and answer

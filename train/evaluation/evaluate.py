@@ -41,6 +41,7 @@ def evaluate(
     baselines: Path | None = None,
     report: Path | None = None,
     labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
+    membership: bool = False,
 ) -> dict[str, Any]:
     """Measure the predictions of a checkpoint or, with `url`, of a server on a labelled table.
 
@@ -53,9 +54,10 @@ def evaluate(
         report: the HTML page to write.
         labelling: how the labels of both tables are changed, after the changes of the checkpoint. Variants fold into
             the labels of the model.
+        membership: attack the checkpoint too, as `measure_membership`; `data` is the table that it was trained on.
 
     Raises:
-        InputError: nothing is left to score, or no label is known to the model.
+        InputError: nothing is left to score, no label is known to the model, or it cannot be attacked.
         ServerError: the server failed.
     """
     source = Checkpoint(checkpoint) if checkpoint else None
@@ -64,6 +66,7 @@ def evaluate(
         labelling = labelling.after(source.labelling)
     else:
         next(iter(read_labelled(data, text_column, label_column)), None)  # refuses a bad table before asking the server
+    attack = _attack(source, data, text_column, label_column) if membership and source else None
     if source.multi_label if source else _serves_multi_label(url):
         from aisle.train.evaluation.multi_label import evaluate_multi_label
 
@@ -100,6 +103,8 @@ def evaluate(
     heads = source.heads if source else ()
     if attributes := measure_attributes(data, text_column, prepared, answers, labelling, heads):
         result["attributes"] = attributes
+    if attack:
+        result["membership"] = attack
     if baselines:
         from aisle.train.evaluation.baselines import compare
 
@@ -110,6 +115,12 @@ def evaluate(
 
         write_report(result, report)
     return result
+
+
+def _attack(source: Checkpoint, data: Path, text_column: str, label_column: str) -> dict[str, Any]:
+    from aisle.train.evaluation.membership import measure_membership  # imports torch, which --url does without
+
+    return measure_membership(source, data, text_column, label_column)
 
 
 def _serves_multi_label(url: str) -> bool:

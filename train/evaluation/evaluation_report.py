@@ -35,6 +35,8 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         _attributes(page, result["attributes"])
     if result["unseen_labels"]:
         _unseen(page, result["unseen_labels"])
+    if "membership" in result:
+        _membership(page, result["membership"])
     if "baselines" in result:
         _baselines(page, result)
     _coverage(page, result["coverage"])
@@ -116,6 +118,16 @@ def _unseen(page: Page, labels: list[dict[str, Any]]) -> None:
         ["label", "rows", "mostly predicted as", "share", "mean confidence"],
         [[each[key] for key in ("label", "rows", "category", "share", "confidence")] for each in labels],
     )
+
+
+def _membership(page: Page, found: dict[str, Any]) -> None:
+    page.heading("Membership")
+    page.text(
+        "How well the loss of a text tells whether the model was trained on it. An AUC of 0.5 is a coin. The last "
+        "column is the share of the training texts that are found if 1 % of the others are taken for training texts."
+    )
+    columns = {"members": "training texts", "others": "others", "loss_of_members": "loss of training texts"}
+    page.records({**columns, "loss_of_others": "loss of others", "auc": "AUC", "found": "found"}, [found])
 
 
 def _attributes(page: Page, attributes: dict[str, Any]) -> None:

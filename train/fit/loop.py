@@ -39,6 +39,22 @@ class Task(Protocol):
         """Return `score` (higher is better), `loss` and further figures to print; None without validation rows."""
 
 
+class Mechanism(Protocol):
+    """Does the steps of a training with differential privacy."""
+
+    def attach(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare the model."""
+
+    def step(self, task: Task, batch: list[int]) -> None:
+        """Change the weights by a private gradient."""
+
+    def epsilon(self, steps: int) -> float:
+        """Return what `steps` steps have spent."""
+
+    def detach(self, model: Any) -> None:
+        """Return the model to what it was."""
+
+
 @dataclass
 class Hooks:
     """Where and when a run saves its state and logs. None of this changes the result."""
@@ -49,21 +65,30 @@ class Hooks:
     after_epoch: Callable[[int, Scalars], None] = field(default=lambda epoch, scalars: None)
 
 
-def fit(model: Any, task: Task, settings: TrainingSettings, world: Processes, hooks: Hooks) -> list[Scalars]:
+def fit(
+    model: Any,
+    task: Task,
+    settings: TrainingSettings,
+    world: Processes,
+    hooks: Hooks,
+    mechanism: Mechanism | None = None,
+) -> list[Scalars]:
     """Train `model` in place. It ends with the weights of the epoch with the best validation score.
 
     Each step and each epoch's order has its own random seed. So a resumed run ends with the same weights as one that
-    was never stopped.
+    was never stopped. With a `mechanism`, noise and samples are drawn anew, and no loss is kept.
 
     Returns the loss and the validation figures of each epoch.
 
     Raises:
         InputError: training diverged: a loss, gradient, weight or figure is not finite.
     """
-    run = _Run(model, task, settings, world, hooks)
+    run = _Run(model, task, settings, world, hooks, mechanism)
     while len(run.history) < settings.epochs and not _exhausted(run.history, settings.patience):
         run.end_epoch(run.train_epoch())
     run.log.close()
+    if mechanism:
+        mechanism.detach(model)
     if run.best is not None:
         model.load_state_dict(run.best)
     check_finite("the trained model", model)
@@ -73,8 +98,17 @@ def fit(model: Any, task: Task, settings: TrainingSettings, world: Processes, ho
 class _Run:
     """The progress of a training run. It resumes from the saved state, if there is one."""
 
-    def __init__(self, model: Any, task: Task, settings: TrainingSettings, world: Processes, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        settings: TrainingSettings,
+        world: Processes,
+        hooks: Hooks,
+        mechanism: Mechanism | None,
+    ) -> None:
         self.model, self.task, self.settings, self.world, self.hooks = model, task, settings, world, hooks
+        self.mechanism = mechanism
         model.to(world.device)
         groups = parameter_groups(model, settings)
         fused = world.device.type == "cuda"  # one kernel for all parameters, instead of several for each
@@ -85,6 +119,8 @@ class _Run:
         self.history: list[Scalars] = []  # one entry for each finished epoch
         self.best: dict[str, Any] | None = None  # the weights of the best epoch
         self._resume()
+        if mechanism:
+            mechanism.attach(model, self.optimizer)
         self.parallel = DistributedDataParallel(model) if world.count > 1 else model
         self.log = _Log(hooks.log_dir if world.is_main else None, self.step)
         self.saver = _Saver(hooks)
@@ -120,6 +156,13 @@ class _Run:
         factor = min((self.step + 1) / warmup, (steps - self.step) / max(1, steps - warmup))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        if self.mechanism:
+            self.mechanism.step(self.task, batch)
+        else:
+            self._change_weights(batch, steps, factor)
+        self.step += 1
+
+    def _change_weights(self, batch: list[int], steps: int, factor: float) -> None:
         loss = _backward(self.parallel, self.task, batch, self.settings, self.world)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -127,13 +170,12 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.total += loss
-        self.step += 1
-        self.log({"loss": loss, "learning_rate": self.rates[-1] * factor}, self.step)
+        self.log({"loss": loss, "learning_rate": self.rates[-1] * factor}, self.step + 1)
 
     def end_epoch(self, train_loss: float) -> None:
         """Validate, and keep the weights if they are the best so far."""
         epoch = len(self.history)
-        scalars = {"train_loss": train_loss}
+        scalars = {"epsilon": self.mechanism.epsilon(self.step)} if self.mechanism else {"train_loss": train_loss}
         if self.world.is_main:
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.bf16):
                 scalars |= self.task.validate(self.model.eval()) or {}

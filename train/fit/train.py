@@ -33,8 +33,8 @@ from aisle.train.core.multi_label import Thresholds
 from aisle.train.core.predict import logits_of
 from aisle.train.core.processes import Processes, processes
 from aisle.train.core.resume import STATE, check_replaceable, identity, working_folder
-from aisle.train.core.sample import draw, warn_of_few
-from aisle.train.core.settings import DecisionTargets
+from aisle.train.core.sample import Sample, draw, warn_of_few
+from aisle.train.core.settings import DecisionTargets, Privacy
 from aisle.train.core.settings import TrainingSettings as TrainingSettings
 from aisle.train.core.split import Split, folds, is_learnt, split
 from aisle.train.core.threshold_fit import fit_thresholds
@@ -61,6 +61,7 @@ def train(
     overwrite: bool = False,
     labelling: Labelling = Labelling(),  # noqa: B008 - it is frozen
     also: Sequence[str] = (),
+    privacy: Privacy = Privacy(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
     """Train a classifier on a table and write the checkpoint folder `out`.
 
@@ -76,6 +77,10 @@ def train(
         InputError: the table cannot be learnt from, or the model cannot be loaded.
     """
     check_replaceable(out, "training.json", overwrite)
+    if privacy.on:
+        from aisle.train.fit.private import check_private
+
+        check_private(data, settings, labelling, also, log_dir)
     check_settings(settings)
     if labelling.multi_label:
         check_multi_label(settings)
@@ -97,6 +102,7 @@ def train(
         targets=targets,
         save_every=save_every,
         log_dir=log_dir,
+        privacy=privacy,
     )
 
 
@@ -128,6 +134,7 @@ def train_table(
     save_every: int | None = None,
     log_dir: Path | None = None,
     examples: LabelledTexts | None = None,
+    privacy: Privacy = Privacy(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
     """Train on a cleaned table, as `train` does.
 
@@ -144,16 +151,22 @@ def train_table(
         check_levels(parts.labels)
     warn_of_few(parts)
     note = note_on_sets(table.labels) if table.multi_label else sets_note(parts.labels)
-    with processes() as world, working_folder(out, identity(settings, made_from, world), is_main=world.is_main) as work:
+    configured = {**made_from, **(asdict(privacy) if privacy.on else {})}
+    with (
+        processes() as world,
+        working_folder(out, identity(settings, configured, world), is_main=world.is_main) as work,
+    ):
         say(f"{cleaning.rows_in} rows, {cleaning.rows_kept} kept; dropped: {cleaning.dropped or 'none'}")
         for each in [*cleaning.notes(), *([note] if note else []), *notes_of(parts)]:
             say(each)
         spread = _cross_validation(table, parts, settings, work, world, save_every) if settings.folds else {}
-        learnt = learn(parts, settings, work, world, Hooks(work / STATE, save_every, log_dir))
+        learnt = learn(parts, settings, work, world, Hooks(work / STATE, save_every, log_dir), privacy)
         metrics: dict[str, Any] = {}
         if world.is_main:
             calibrate(learnt, targets)
             metrics = {**measure(learnt, parts), **spread}
+            if learnt.privacy:
+                metrics["privacy"] = learnt.privacy
             if settings.contrastive:
                 metrics |= measure_search(learnt.model, learnt.tokenizer, parts)
             metrics["seconds"] = round(time.perf_counter() - start, 1)
@@ -188,6 +201,7 @@ class Learnt:
     tokenizer: TextTokenizer
     task: Classification
     history: list[Scalars]
+    privacy: dict[str, Any] | None = None  # the figures of a training with differential privacy
     # `calibrate` sets these.
     temperature: float = 1.0
     attribute_temperatures: dict[str, float] = field(default_factory=dict)
@@ -229,11 +243,12 @@ def write_result(
     names, config = columns_of(origin.data["columns"][0]), learnt.model.config
     if len(names) > 1 or getattr(config, "text_fields", None):
         config.text_fields = names if len(names) > 1 else []
+    nothing = LabelledTexts([], [])
     write_checkpoint(
         folder,
         learnt.model,
         learnt.tokenizer,
-        draw(parts),
+        Sample(nothing, nothing, nothing) if learnt.privacy else draw(parts),
         metrics,
         training,
         learnt.decisions,
@@ -244,7 +259,14 @@ def write_result(
     put_in_place(folder, out)
 
 
-def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Processes, hooks: Hooks) -> Learnt:
+def learn(
+    parts: Split,
+    settings: TrainingSettings,
+    folder: Path,
+    world: Processes,
+    hooks: Hooks,
+    privacy: Privacy = Privacy(),  # noqa: B008 - it is frozen
+) -> Learnt:
     """Train on one split, and write the tokenizer to `folder`."""
     torch.manual_seed(settings.seed)
     folder.mkdir(exist_ok=True)
@@ -257,9 +279,32 @@ def learn(parts: Split, settings: TrainingSettings, folder: Path, world: Process
     backend.save(str(folder / "tokenizer.json"))
     tokenizer = TextTokenizer(folder / "tokenizer.json", windows=settings.windows)
     Windows(settings.windows, tokenizer.max_tokens).put_into(model.config)
+    if privacy.on:
+        return _learn_privately(parts, settings, privacy, model, tokenizer, world, hooks)
     task = task_for(parts, settings)(parts, tokenizer, settings, world.device)
     history = fit(model, task, settings, world, hooks)
     return Learnt(model.eval(), tokenizer, task, history)
+
+
+def _learn_privately(
+    parts: Split,
+    settings: TrainingSettings,
+    privacy: Privacy,
+    model: Any,
+    tokenizer: TextTokenizer,
+    world: Processes,
+    hooks: Hooks,
+) -> Learnt:
+    from aisle.train.fit.private import Mechanism, PrivateClassification, check_rows
+
+    if world.count > 1:
+        raise InputError("--dp-epsilon trains in one process; start it without torchrun")
+    check_rows(parts, privacy)
+    task = PrivateClassification(parts, tokenizer, settings, world.device)
+    mechanism = Mechanism(task, privacy, settings)
+    say(mechanism.note())
+    history = fit(model, task, settings, world, hooks, mechanism)
+    return Learnt(model.eval(), tokenizer, task, history, mechanism.figures())
 
 
 def task_for(parts: Split, settings: TrainingSettings) -> type[Classification]:
