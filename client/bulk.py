@@ -446,8 +446,9 @@ def scan_source(
             for value in row.values():
                 require_fit(value, sheet, read)
     total = total or read
-    if not total and kind_of(source) in ("csv", "tsv"):
-        columns.update(dict.fromkeys(header_of(source)))
+    if not total and (kind := kind_of(source)) in ("csv", "tsv", "parquet"):  # the rows do not tell the columns
+        names = header_of(source) if kind != "parquet" else columnar.size_of(source, local(source))[0]
+        columns.update(dict.fromkeys(names))
     lacking = next((name for name in columns_of(text_column) if name not in columns), None)
     if columns and lacking is not None:
         raise missing_column(source, lacking, list(columns))

@@ -131,24 +131,28 @@ class Index:
         similarity, numbers = self._nearest(shortened(vectors, self._index.d), k)
         return [list(self._hits(*each)) for each in zip(similarity, numbers, strict=True)]
 
-    def pairs(self, least: float, nearest: int, track: Track = lambda starts: starts) -> list[Pair]:
+    def pairs(self, least: float, nearest: int, track: Track = lambda starts: starts) -> tuple[list[Pair], int]:
         """Return each two rows whose similarity is `least` or more, the most similar first.
+
+        Also returns the number of rows that may have more such rows than were looked at.
 
         Args:
             nearest: other rows that are looked at for each row. A pair is found if one of its rows is among the nearest
                 of the other.
             track: wraps the blocks of rows, to show progress.
         """
-        count, found = self._index.ntotal, dict[tuple[int, int], float]()
+        count, found, full = self._index.ntotal, dict[tuple[int, int], float](), 0
         for start in track(range(0, count, BLOCK)):
             vectors = self._index.reconstruct_n(start, min(BLOCK, count - start))
             similarity, numbers = self._nearest(vectors, nearest + 1)  # a row is the nearest of itself
             own = np.arange(start, start + len(vectors))[:, None]
+            full += int((similarity >= least).all(axis=1).sum()) if nearest + 1 < count else 0
             for i, j in np.argwhere((similarity >= least) & (numbers != own) & (numbers >= 0)).tolist():
                 pair = sorted((start + i, int(numbers[i, j])))
                 found[pair[0], pair[1]] = float(similarity[i, j])
         ordered = sorted(found, key=lambda pair: (-found[pair], pair))
-        return [Pair(*self._row(one), *self._row(other), min(found[one, other], 1.0)) for one, other in ordered]
+        pairs = [Pair(*self._row(one), *self._row(other), min(found[one, other], 1.0)) for one, other in ordered]
+        return pairs, full
 
     def _row(self, number: int) -> tuple[int, str]:
         """Return the row of a vector in the indexed file, and its text."""
@@ -178,13 +182,19 @@ def find_duplicates(
     """
     kind = file_format(out)  # fails early if the name cannot be written
     opened = Index(folder)
-    pairs = opened.pairs(similarity, nearest, track)
+    pairs, full = opened.pairs(similarity, nearest, track)
     try:
         with replacing(out) as writing:
             write_rows(writing, lambda: (pair._asdict() for pair in pairs), [*Pair._fields], kind)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    return {"pairs": len(pairs), "rows": opened.about["rows"], "similarity": similarity, "output": str(out)}
+    return {
+        "pairs": len(pairs),
+        "rows": opened.about["rows"],
+        "rows_with_more": full,
+        "similarity": similarity,
+        "output": str(out),
+    }
 
 
 def _read(source: Path) -> tuple[str, Vectors, Any]:

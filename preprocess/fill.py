@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.fields import columns_of
 from aisle.preprocess.labels import variant_key
@@ -121,6 +122,8 @@ class Filler:
         filled = []
         for name in self._wanted.columns:
             values = self._cells[name].values()
+            if not values.written:
+                say(f"--fill {name}: no row has a text or a number there, so nothing is filled")
             mentions = Mentions(values, first, np.where(by >= 0, by + len(first), first))
             mentions.read(self._wanted.track(texts(first == np.arange(len(first)))))
             filled.append(_fill(name, values, _from_products(values.of_row, first, by), mentions, kept))

@@ -23,6 +23,7 @@ import pytest
 
 from aisle.client import Classifier
 from aisle.client.bulk import classify_file
+from aisle.commands.serving import _after_stop
 from aisle.errors import InputError
 from aisle.preprocess.tables import databases, upsert
 from aisle.preprocess.tables.delta import Delta
@@ -434,6 +435,33 @@ def test_keys_are_checked_before_the_work(
     with pytest.raises(InputError, match=complaint):
         classify(source, out, answering, **{"keys": ["id"], **options})
     assert answering.asked == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("since", [None, "updated_at"])
+def test_a_table_without_rows_is_no_error(address: Make, kind: str, since: str | None) -> None:
+    """A staging table is empty between two loads."""
+    source, out = address(kind, "s"), address(kind, "o")
+    fill(source, [product(1, 1)])
+    assert classify(source, out, keys=["id"], since=since)["rows"] == 1
+    fill(source, [])
+    assert classify(source, out, keys=["id"], since=since)["rows"] == 0
+    assert len(written(out)) == 1
+
+
+def test_an_empty_cell_of_a_file_is_no_key(tmp_path: Path) -> None:
+    source, answering = tmp_path / "in.csv", Answering()
+    source.write_text("id,text\n1,耳机\n,键盘\n,鼠标\n", "utf-8")
+    with pytest.raises(InputError, match=r"a row has no id; --key names columns that each row has"):
+        classify(source, f"duckdb:{tmp_path}/t.duckdb?table=o", answering, keys=["id"])
+    assert answering.asked == []
+
+
+def test_a_stop_says_what_the_next_run_does(address: Make) -> None:
+    out = Path(as_argument(address("duckdb", "o")))
+    assert _after_stop(out, None) == "to start again; nothing was written"
+    assert _after_stop(out, "updated_at") == "to go on after the last rows that were written"
+    assert _after_stop(Path("out.csv"), None) == "to resume"
 
 
 @pytest.mark.parametrize("into", KINDS)

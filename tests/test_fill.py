@@ -237,3 +237,10 @@ def test_the_command_says_what_it_filled(tmp_path: Path) -> None:
     assert "Filled values of brand" in page
     assert "<b>Sony" not in page
     assert json.loads((tmp_path / "out.report.json").read_text())["fill"]["brand"] == found
+
+
+def test_a_column_without_any_value_to_fill_from_is_told(tmp_path: Path) -> None:
+    source = table(tmp_path / "in.csv", [ask("kettle", brand=""), ask("lamp", brand=" ")])
+    done = aisle("clean", source, "-o", tmp_path / "out.csv", "--fill", "brand", "--near", "0")
+    assert done.returncode == 0, done.stderr
+    assert "--fill brand: no row has a text or a number there, so nothing is filled" in done.stderr

@@ -138,7 +138,7 @@ def test_pairs_are_those_of_a_comparison_of_all_with_all(
     monkeypatch.setattr(index, "EXACT", {"exact": 1500, "HNSW": 1499}[kind])
     monkeypatch.setattr(index, "BLOCK", 400)
     build_index(tmp_path / "vectors.parquet", tmp_path / "index")
-    found = Index(tmp_path / "index").pairs(0.9, 30)
+    found, more = Index(tmp_path / "index").pairs(0.9, 30)
     similar = np.triu(vectors @ vectors.T, 1)
     expected = {(int(row), int(other)) for row, other in np.argwhere(similar >= 0.9)}
     rows = [(pair.row, pair.other_row) for pair in found]
@@ -150,7 +150,10 @@ def test_pairs_are_those_of_a_comparison_of_all_with_all(
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
     assert [pair.similarity for pair in found] == sorted((pair.similarity for pair in found), reverse=True)
     assert found[1].text == f"text {found[1].row}"
-    assert len(Index(tmp_path / "index").pairs(0.9, 1)) < len(expected)
+    assert more == 0
+    fewer, more = Index(tmp_path / "index").pairs(0.9, 1)
+    assert len(fewer) < len(expected)
+    assert more == sum(1 for row in range(1500) if (similar[row] >= 0.9).any() or (similar[:, row] >= 0.9).any())
 
 
 def test_duplicates_are_listed_by_command(tmp_path: Path) -> None:
@@ -161,10 +164,20 @@ def test_duplicates_are_listed_by_command(tmp_path: Path) -> None:
     out = tmp_path / "pairs.csv"
     done = aisle("duplicates", tmp_path / "index", "-o", out, "--similarity", 0.999, "--json")
     assert done.returncode == 0, done.stderr
-    result = {"pairs": 1, "rows": 40, "similarity": 0.999, "output": str(out)}
+    result = {"pairs": 1, "rows": 40, "rows_with_more": 0, "similarity": 0.999, "output": str(out)}
     assert json.loads(done.stdout) == result
     assert out.read_text("utf-8").splitlines() == ["row,text,other_row,other_text,similarity", "2,text 2,9,text 9,1.0"]
     done = aisle("duplicates", tmp_path, "-o", out)
     assert (done.returncode, "holds no index" in done.stderr) == (2, True)
     done = aisle("duplicates", tmp_path / "index", "-o", tmp_path / "pairs.npy")
     assert (done.returncode, "unknown file format" in done.stderr) == (2, True)
+
+
+def test_too_many_pairs_are_told(tmp_path: Path) -> None:
+    """Of 30 equal rows, each has more equal ones than are looked at; and no search was learnt."""
+    write_vectors(tmp_path / "vectors.parquet", np.repeat(random_vectors(1), 30, axis=0))
+    build_index(tmp_path / "vectors.parquet", tmp_path / "index")
+    done = aisle("duplicates", tmp_path / "index", "-o", tmp_path / "pairs.csv", "--nearest", 5)
+    assert done.returncode == 0
+    assert "30 rows may have more similar rows than the 5 nearest; raise --nearest" in done.stderr
+    assert "more pairs than rows: raise --similarity" in done.stderr

@@ -549,7 +549,7 @@ def test_the_registry_is_named_in_the_file(tmp_path: Path, registry: str) -> Non
     )
     done = aisle("stream", "in", "out", "--text", "$.text", "--format", "avro")
     assert (done.returncode, "needs the line schema.registry.url=" in done.stderr) == (2, True)
-    with pytest.raises(InputError, match=r"needs the line schema\.registry\.url=https://HOST:PORT in --config FILE"):
+    with pytest.raises(InputError, match=r"Avro needs the line schema\.registry\.url=https://HOST:PORT"):
         reader_of("avro", {}, "in")
-    with pytest.raises(InputError, match=r"^--config: schema\.registry\.…: "):
+    with pytest.raises(InputError, match=r"^--config: one of the lines schema\.registry\.… is wrong: "):
         reader_of("avro", {"url": registry, "no.such.thing": "1"}, "in")

@@ -84,7 +84,12 @@ def test_the_lines_of_google_and_shopify_are_read(line: str, entry: Entry, tmp_p
         (b"# nothing\n\n", "has no category"),
         (b"1 - A > > B\n", "line 1: '1 - A > > B' has an empty level"),
         (b"1 - A\n2 - A\n", "line 2: 'A' is there twice"),
-        (b"1 - \xff\n", "cannot be read as UTF-8 text"),
+        (b"1 - A\n1 - B\n", "line 2: line 1 has the same id"),
+        (b"1 - \xff\n", "line 1: not UTF-8; convert it to UTF-8, or give its encoding with --encoding"),
+        (
+            b"".join(b"%d - A > %d\n" % (n, n) for n in range(100_000)) + b"1000000 - \xff\n",
+            "line 100001 is not in its encoding; name the right one with --encoding",
+        ),
     ],
 )
 def test_a_faulty_taxonomy_is_refused(content: bytes, complaint: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -95,6 +100,17 @@ def test_a_faulty_taxonomy_is_refused(content: bytes, complaint: str, checkpoint
     assert complaint in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_taxonomy_in_another_encoding_is_read(checkpoint: Path, taxonomy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "taxonomy.txt"
+    path.write_bytes(ZH.encode("gb18030").replace(b"\n", b"\r\n"))
+    words = ["category", "map", checkpoint, path, "-o", tmp_path / "out.csv"]
+    done = aisle(*words)
+    assert (done.returncode, "--encoding" in done.stderr) == (2, True)
+    done = aisle(*words, "--encoding", "gb18030", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["entries"] == len(read_taxonomy(taxonomy))
 
 
 def test_the_right_entry_is_among_the_proposals(checkpoint: Path, taxonomy: Path, tmp_path: Path) -> None:

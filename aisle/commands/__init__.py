@@ -67,7 +67,10 @@ LogDir = Annotated[Path | None, typer.Option(callback=folder_to_write, help="Log
 TextWindows = Annotated[
     int,
     typer.Option(
-        min=1, max=64, help="Read a longer text in up to this number of parts; for models that Aisle did not train."
+        min=1,
+        max=64,
+        help="Read a longer text in up to this number of parts of --max-tokens; for models that Aisle did not train.",
+        show_default="as in training",
     ),
 ]
 Precision = Annotated[str | None, choices(precisions, "int8, fp8, fp16, bf16 or fp32.", "fp16 on a GPU, int8 on a CPU")]

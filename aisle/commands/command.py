@@ -175,12 +175,12 @@ def _plain_type(original: Callable[..., str | None], ctx: Any) -> str | None:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """On Ctrl-C, say that the same command resumes."""
+def resumable(then: str = "to resume") -> Iterator[None]:
+    """On Ctrl-C, say what the same command does `then`."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped("stopped; run the same command again to resume") from None
+        raise Stopped(f"stopped; run the same command again {then}") from None
 
 
 def given(ctx: typer.Context, *names: str) -> list[str]:

@@ -33,7 +33,7 @@ from aisle.commands.command import (
     table_to_write,
 )
 from aisle.commands.tables import reads_tables, refuse_two_on_stdout, writes_tables
-from aisle.console import cell, new_table, show, stdout, track
+from aisle.console import cell, new_table, say, show, stdout, track
 from aisle.errors import InputError
 from aisle.preprocess.tables.place import is_database
 
@@ -326,7 +326,7 @@ def classify(
         Classifier.from_environment(url, timeout=timeout, log=traffic) as classifier,
     ):
         if out is not None:
-            with resumable():
+            with resumable(_after_stop(out, since)):
                 result = classify_file(
                     classifier,
                     Path(what[0]),
@@ -448,6 +448,10 @@ def duplicates(
     refuse_two_on_stdout(out, as_json)
     progress = lambda starts: track(starts, "comparing", len(starts))  # noqa: E731
     result = find_duplicates(folder, out, similarity, nearest, progress)
+    if result["rows_with_more"]:
+        say(f"{result['rows_with_more']} rows may have more similar rows than the {nearest} nearest; raise --nearest")
+    if result["pairs"] > result["rows"]:
+        say("there are more pairs than rows: raise --similarity, or train the model with --contrastive for this")
     report(result, as_json, lambda _: None, (f"{result['pairs']} pairs of {result['rows']} rows in {out}",))
 
 
@@ -552,6 +556,13 @@ def demo(
         result = run(Path("work"), repository, data or TEXTS, rows)
     others = () if repository == Path("model_repository") else ("--repository", repository)
     report(result, as_json, _show_demo, (f"version {result['version']} in {repository}", "aisle", "serve", *others))
+
+
+def _after_stop(out: Path, since: str | None) -> str:
+    """Return what the same command does after a stop."""
+    if not is_database(out):
+        return "to resume"
+    return "to go on after the last rows that were written" if since else "to start again; nothing was written"
 
 
 FILE_ONLY = ("text_column", "delimiter", "encoding", "header", "bom", "shard", "taxonomy", "key", "since")

@@ -32,13 +32,13 @@ class AvroDecoder:
             InputError: a property is missing or wrong.
         """
         if "url" not in registry:
-            raise InputError(f"--format avro needs the line {REGISTRY}url=https://HOST:PORT in --config FILE")
+            raise InputError(f"Avro needs the line {REGISTRY}url=https://HOST:PORT in --config FILE")
         self._where = urlsplit(registry["url"]).netloc.rpartition("@")[2]
         numbers = {name: int(value) for name, value in registry.items() if str(value).isdigit()}
         try:
             self._decode = AvroDeserializer(SchemaRegistryClient({"timeout": SECONDS, **registry, **numbers}))
         except (ValueError, TypeError, OSError) as error:
-            raise InputError(f"--config: {REGISTRY}…: {error}") from None
+            raise InputError(f"--config: one of the lines {REGISTRY}… is wrong: {error}") from None
         self._context = SerializationContext(topic, MessageField.VALUE)
 
     def __call__(self, raw: bytes) -> Any:

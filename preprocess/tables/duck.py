@@ -43,6 +43,7 @@ class Duck:
         with opened(self._place, self._place.address, read_only=True) as database:
             if not self._exists(database):
                 return None
+            require_columns(self._place, [column], database.sql(f"SELECT * FROM {self._table} LIMIT 0").columns)
             kind = database.sql(f"SELECT {name} FROM {self._table} LIMIT 0").to_arrow_table().schema.field(0).type
             found = database.sql(f"SELECT max({name}) FROM {self._table} WHERE {not_ahead(name, kind)}")
             value = found.to_arrow_table()[0][0]

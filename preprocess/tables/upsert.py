@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aisle.errors import InputError
 from aisle.preprocess.tables import columnar
@@ -60,9 +61,14 @@ def check_columns(
     with tempfile.TemporaryDirectory(prefix="aisle-keys-") as folder:
         file, names = Path(folder, "keys.parquet"), list(keys)
         columnar.write_parquet(
-            file, lambda: ({name: row.get(name) for name in names} for row in read_rows(source)), names
+            file, lambda: ({name: _filled(row.get(name)) for name in names} for row in read_rows(source)), names
         )
         check_keys(source, file, names)
+
+
+def _filled(value: Any) -> Any:
+    """Return a value of a file, None for an empty cell."""
+    return None if isinstance(value, str) and not value.strip() else value
 
 
 def portions(total: int, size: int) -> Iterator[range]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from aisle.console import say
 from aisle.errors import InputError
 from aisle.preprocess.clean import LabelledTexts, clean
 from aisle.preprocess.labels import SEPARATOR
+from aisle.preprocess.tables.opening import open_lines
 from aisle.preprocess.tables.writing import file_format, replacing, write_rows
 from aisle.train.categories.source import Table, joined, read_texts
 from aisle.train.core.calibration import softmax
@@ -49,12 +50,9 @@ def read_taxonomy(path: Path) -> list[Entry]:
     Raises:
         InputError: it cannot be read, has no path, an empty level, or a path twice.
     """
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
     found: dict[str, Entry] = {}
-    for number, line in enumerate(lines, start=1):
+    ids: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = LINE.fullmatch(line.strip())
@@ -62,11 +60,22 @@ def read_taxonomy(path: Path) -> list[Entry]:
         if not match or not all(levels):
             raise InputError(f"{path}, line {number}: {line[:80]!r} has an empty level; write it as '12 - A > B'")
         entry = Entry(match["google"] or match["shopify"] or "", SEPARATOR.join(levels))
+        if entry.id and ids.setdefault(entry.id, number) != number:
+            raise InputError(f"{path}, line {number}: line {ids[entry.id]} has the same id; remove one of them")
         if found.setdefault(entry.path, entry) is not entry:
             raise InputError(f"{path}, line {number}: {entry.path!r} is there twice; remove one line")
     if not found:
         raise InputError(f"{path} has no category; give a taxonomy with one path in each line, such as '12 - A > B'")
     return [*found.values()]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, in the encoding of `--encoding` or UTF-8."""
+    with open_lines(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isascii() and any("\ud800" <= each <= "\udfff" for each in line):
+                raise InputError(f"{path}, line {number} is not in its encoding; name the right one with --encoding")
+            yield line.rstrip("\r\n")
 
 
 def propose(
