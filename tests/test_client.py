@@ -332,7 +332,7 @@ def test_a_file_in_which_no_row_has_an_answer_is_no_success(server: Server, tmp_
 def test_an_empty_file(classifier: Classifier, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("text\n")
     assert classify_file(classifier, tmp_path / "in.csv", tmp_path / "out.csv", "text", top_k=1)["rows"] == 0
-    assert (tmp_path / "out.csv").read_text().strip() == "category,confidence,decision,decided,warning,error"
+    assert (tmp_path / "out.csv").read_text().strip() == "text,category,confidence,decision,decided,warning,error"
 
 
 def test_a_table_goes_from_standard_input_to_standard_output(server: Server) -> None:

@@ -152,8 +152,8 @@ class Checkpoint:
     @cached_property
     def windows(self) -> Windows | None:
         """How much of a long text it reads; None: as much as fits the token limit."""
-        _ = self.labels  # which checks that all files are there
-        found = _read_config(self.folder).get(WINDOWS)
+        # A pretrained encoder, which has no labels, has a tokenizer too.
+        found = _read_config(self.folder).get(WINDOWS) if (self.folder / "config.json").is_file() else None
         try:
             windows = Windows(**found) if found else None
         except TypeError as error:
