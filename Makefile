@@ -19,7 +19,7 @@ python: # first check whether this Python is suitable
 demo: python .venv/demo ## [ROWS=16000]: the whole pipeline on the synthetic sample; leaves nothing running
 	$(AISLE) demo $(if $(ROWS),--rows $(ROWS))
 
-test: lint ## the tests that take less than some twenty seconds each
+test: lint ## the tests that take less than some fifteen seconds each
 	$(PYTEST) -m "not long"
 
 test-all: lint .venv-learn/ready ## the whole test suite, with the tutorials, the demo and the longest trainings; CI runs it

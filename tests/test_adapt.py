@@ -436,6 +436,7 @@ def test_retraining_learns_the_corrections_and_keeps_its_accuracy(shop: Path, ta
     assert (tmp_path / "new" / "sample.jsonl").is_file()
 
 
+@pytest.mark.long
 def test_corrections_that_are_hardly_learnt_are_said(
     shop: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_configuration_that_is_no_object_is_refused(foreign: Path, texts: Path
         build(tmp_path / "spoilt", tmp_path / "repository", "openvino", "fp32", held_out=TextSource(texts, "title"))
 
 
+@pytest.mark.long
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(foreign: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(foreign, old)

@@ -35,7 +35,14 @@ def logits(folder: Path, tokens: list[list[int]]) -> Logits:
     return load_engine(folder)(np.concatenate(tokens), np.array([len(ids) for ids in tokens]))
 
 
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-4), ("bf16", 0.05), ("int8", 0.1)])
+@pytest.mark.parametrize(
+    ("precision", "error"),
+    [
+        ("fp32", 1e-4),
+        pytest.param("bf16", 0.05, marks=pytest.mark.long),
+        pytest.param("int8", 0.1, marks=pytest.mark.long),
+    ],
+)
 def test_every_precision_agrees_with_pytorch(checkpoint: Path, tmp_path: Path, precision: str, error: float) -> None:
     # The small model is undecided about many texts: a few of 800 may change.
     result = build(checkpoint, tmp_path / "repository", "openvino", precision, gate=Gate(0.99, 0.01))
@@ -81,6 +88,7 @@ def test_only_a_different_engine_is_built_again(checkpoint: Path, repository: Pa
     assert EngineSpec.load(copy / "encoder" / "2").max_tokens == 64
 
 
+@pytest.mark.long
 def test_an_engine_that_disagrees_is_not_installed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,6 +274,7 @@ def test_files_of_every_kind(classifier: Classifier, tmp_path: Path, kind: str) 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, out.name])
 
 
+@pytest.mark.long
 def test_a_killed_job_resumes(server: Server, classifier: Classifier, tmp_path: Path) -> None:
     """After kill -9 and a truncated line, every row is in the output once and in order."""
     source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"

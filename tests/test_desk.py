@@ -411,6 +411,7 @@ def measured_drift(client: DeskClient) -> int:
 # Kills
 
 
+@pytest.mark.long
 def test_a_desk_that_is_killed_loses_no_row(server: Server, classifier: Classifier, tmp_path: Path) -> None:
     """It is killed while a table is classified. The next start completes the table."""
     folder, texts = tmp_path / "desk", [f"killed desk {i} 苹果" for i in range(2000)]

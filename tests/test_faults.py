@@ -185,6 +185,7 @@ def test_a_full_disk_is_one_line_and_the_file_resumes(server: Server, tmp_path: 
     assert [row["text"] for row in read_rows(out)] == texts
 
 
+@pytest.mark.long
 def test_a_build_on_a_full_disk_is_one_line_and_leaves_no_files(checkpoint: Path, tmp_path: Path) -> None:
     if os.getuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")

@@ -422,6 +422,7 @@ def test_each_output_can_be_requested_alone(heads_server: Server, texts: list[st
         assert answer.as_numpy("attribute_confidence").shape == answer.as_numpy("attribute_value").shape == (3, 2)
 
 
+@pytest.mark.long
 def test_a_version_without_decisions_gives_attributes(ckpt: Path, texts: list[str], tmp_path: Path) -> None:
     copy = shutil.copytree(ckpt, tmp_path / "copy")
     (copy / "decisions.json").unlink()
@@ -542,6 +543,7 @@ def test_changed_checkpoints_keep_their_heads(ckpt: Path, table: Path, texts: li
             }
 
 
+@pytest.mark.long
 def test_an_added_category_does_not_touch_the_heads(ckpt: Path, texts: list[str], tmp_path: Path) -> None:
     examples = tmp_path / "new.csv"
     examples.write_text("text\n" + "".join(f"猫粮 鸡肉 {i} 大袋 成猫\n" for i in range(8)), "utf-8")

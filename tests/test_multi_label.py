@@ -519,6 +519,7 @@ def test_what_needs_one_category_refuses_by_name(
     assert not (tmp_path / "out.csv").exists()
 
 
+@pytest.mark.long
 def test_a_comparison_with_a_multi_label_version_is_refused(repository: Path, multi: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(repository, tmp_path / "repository")
     build(multi, copy, "openvino", "bf16")

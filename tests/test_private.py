@@ -110,6 +110,7 @@ def test_batches_are_poisson_samples(checkpoint: Path) -> None:
     assert task.validate(None) is None
 
 
+@pytest.mark.long
 def test_a_smaller_epsilon_takes_more_noise_and_none_is_overspent() -> None:
     noises = []
     rows = Rows()
@@ -248,6 +249,7 @@ def attacked(checkpoint: Path, data: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_the_attack_finds_learnt_texts_but_not_those_learnt_privately(
     public: dict[str, Path], trained: Path, tmp_path: Path
 ) -> None:

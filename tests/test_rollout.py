@@ -263,6 +263,7 @@ def test_a_version_that_disagrees_is_refused(live: Live) -> None:
     assert (Release.load(live.repository).live, Release.load(live.repository).candidate) == (1, None)
 
 
+@pytest.mark.long
 def test_a_version_that_cannot_be_loaded_is_refused(live: Live) -> None:
     engine = live.repository / "encoder" / "2" / "model.bin"
     whole = engine.read_bytes()
@@ -378,6 +379,7 @@ def test_a_server_whose_clock_is_wrong_is_waited_for(
         assert Release.load(copy).live == 1
 
 
+@pytest.mark.long
 def test_a_trial_with_too_few_requests_fails(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_module, "EXTRA_SECONDS", 0.1)
     before = servers(live.repository)[0].live

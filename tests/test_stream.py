@@ -520,6 +520,7 @@ def test_avro_is_read_by_the_schema_that_each_message_names(registry: str) -> No
     assert "change event" in event(paths, framed(1, PRODUCT, {"title": "a"})).message
 
 
+@pytest.mark.long
 def test_a_registry_that_is_away_loses_nothing(mock: Mock, registry: str) -> None:
     """The worker ends with an error, and the message is still there for the next start."""
     for topic in ("avro", "avro.out", "avro.dead"):

@@ -89,6 +89,7 @@ def test_folds_hold_out_each_text_once_but_never_the_held_out_fifth() -> None:
         assert not set(parts.held_out.texts) & {*parts.train.texts, *parts.validation.texts}
 
 
+@pytest.mark.long
 def test_cross_validation_reports_the_spread(tmp_path: Path) -> None:
     data = table(tmp_path / "a.csv", FRUIT)
     metrics = train(data, "text", "category", tmp_path / "out", TrainingSettings(epochs=4, batch_size=8, folds=2))

@@ -48,6 +48,7 @@ def test_no_process_is_left_running(repository: Path, how: signal.Signals) -> No
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
+@pytest.mark.long
 def test_a_server_with_a_watchdog_stops_without_a_timeout(repository: Path) -> None:
     """Triton waits for open connections, including the watchdog's, and gives up after ten seconds."""
     process, _ = serving(repository)

@@ -180,6 +180,7 @@ def test_the_layer_that_fp8_damages_ranks_first() -> None:
     assert {name for name, _ in ranking} == set(largest)
 
 
+@pytest.mark.long
 def test_a_damaged_version_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda_runtime.ON_CPU, "1")
     build(checkpoint, tmp_path / "repository", "cuda", "fp16", gate=Gate(0.9, 0.1))

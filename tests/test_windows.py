@@ -241,6 +241,7 @@ def test_the_encoder_refuses_what_is_not_full_windows(windows_server: Server, le
 # Commands
 
 
+@pytest.mark.long
 def test_another_classifier_is_built_with_windows(tmp_path: Path) -> None:
     folder, texts = foreign(tmp_path)
     repository = tmp_path / "repository"
