@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import secrets
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +39,11 @@ def put_in_place(folder: Path, out: Path) -> None:
     folder.rename(out)
     if old.exists():
         shutil.rmtree(old)
+
+
+def new_temporary(prefix: str, suffix: str = "") -> Path:
+    """Create a temporary file that only its owner can read. It is deleted when the process ends, also by a signal."""
+    path = Path(tempfile.gettempdir(), f"{prefix}{secrets.token_hex(8)}{suffix}")
+    atexit.register(path.unlink, missing_ok=True)  # first, so that no signal comes between
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    return path

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import atexit
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from aisle.errors import InputError
+from aisle.files import new_temporary
 from aisle.preprocess.tables.columnar import load_pyarrow
 from aisle.preprocess.tables.delta import Delta
 from aisle.preprocess.tables.duck import Duck, opened
@@ -56,11 +56,9 @@ def snapshot(path: Path, since: Since | None = None) -> Path:
     if path not in _TAKEN:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(f"{path}: several processes would each read another state of it; copy it to a file first")
-        handle, name = tempfile.mkstemp(prefix="aisle-table-", suffix=".parquet")
-        os.close(handle)
-        _TAKEN[path] = Path(name)
+        _TAKEN[path] = new_temporary("aisle-table-", ".parquet")
         try:
-            _copy(path, since, Path(name))
+            _copy(path, since, _TAKEN[path])
         except BaseException:
             forget(path)
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import bz2
 import codecs
 import contextlib
@@ -14,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from typing import IO, Any, Literal, cast
 from aisle.console import say_once
 from aisle.errors import InputError
 from aisle.extras import install
+from aisle.files import new_temporary
 from aisle.preprocess.tables.databases import snapshot
 from aisle.preprocess.tables.encodings import SHOWN, guess
 from aisle.preprocess.tables.place import is_database
@@ -146,11 +145,10 @@ def _kind_of_head(path: Path) -> str:
 @lru_cache(maxsize=1)
 def _spooled() -> Path:
     """Return a temporary file with all of standard input, because tables are read more than once."""
-    handle, name = tempfile.mkstemp(prefix="aisle-stdin-")
-    atexit.register(lambda: Path(name).unlink(missing_ok=True))
-    with os.fdopen(handle, "wb") as file:
+    path = new_temporary("aisle-stdin-")
+    with path.open("wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
-    return Path(name)
+    return path
 
 
 def local(path: Path) -> Path:
