@@ -204,6 +204,7 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
         ("a.csv", b"text;category\na;b\n", "line 1: columns are separated by ';', but .csv means ','"),
         ("a.tsv", b"text,category\na,b\n", "line 1: columns are separated by ',', but .tsv means"),
         ("a.csv", b"text,label\na,b\n", "no column 'category'; it has: text, label; .* --label-column"),
+        ("a.csv", b"x" * ((1 << 24) + 1) + b",category\na,b\n", "row at line 1: .* is a quote left open"),
         ("a.csv", b'text,category\na,b\n"' + b"x" * (1 << 24) + b"y,b\n", "row at line 3: .* is a quote left open"),
         ("a.csv", b"", "no usable row"),
         (

@@ -550,6 +550,9 @@ def test_the_registry_is_named_in_the_file(tmp_path: Path, registry: str) -> Non
     )
     done = aisle("stream", "in", "out", "--text", "$.text", "--format", "avro")
     assert (done.returncode, "needs the line schema.registry.url=" in done.stderr) == (2, True)
+    access = {"credentials.source": "STATIC_TOKEN", "token": "123", "logical.cluster": "1", "identity.pool.id": "2"}
+    digits = {f"bearer.auth.{name}": value for name, value in access.items()}
+    assert reader_of("avro", {"url": registry, **digits}, "in") is not None  # a secret of digits is no number
     with pytest.raises(InputError, match=r"Avro needs the line schema\.registry\.url=https://HOST:PORT"):
         reader_of("avro", {}, "in")
     with pytest.raises(InputError, match=r"^--config: one of the lines schema\.registry\.… is wrong: "):

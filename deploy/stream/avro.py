@@ -20,6 +20,8 @@ from aisle.errors import InputError, ServerError
 FRAME = 5  # bytes before the value
 NOT_FOUND = 404
 SECONDS = 10  # for a request to the registry
+# Properties that the client wants as numbers. A password of digits stays a text.
+NUMBERS = "timeout", "cache.capacity", "cache.latest.ttl.sec", "max.retries", "retries.wait.ms", "retries.max.wait.ms"
 
 
 class AvroDecoder:
@@ -34,7 +36,7 @@ class AvroDecoder:
         if "url" not in registry:
             raise InputError(f"Avro needs the line {REGISTRY}url=https://HOST:PORT in --config FILE")
         self._where = urlsplit(registry["url"]).netloc.rpartition("@")[2]
-        numbers = {name: int(value) for name, value in registry.items() if str(value).isdigit()}
+        numbers = {name: int(registry[name]) for name in NUMBERS if str(registry.get(name, "")).isdigit()}
         try:
             self._decode = AvroDeserializer(SchemaRegistryClient({"timeout": SECONDS, **registry, **numbers}))
         except (ValueError, TypeError, OSError) as error:

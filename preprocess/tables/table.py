@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,14 +117,22 @@ def _records(path: Path, file: IO[str]) -> Records:
     if named and not given:
         records.split_at(named[1])
     elif first and not named:
-        records.put_back(first)
+        with _located(path, records):
+            records.put_back(first)
     return records
 
 
 def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
     records = _records(path, file)
-    try:
+    with _located(path, records):
         yield from _flat(path, records, records)
+
+
+@contextmanager
+def _located(path: Path, records: Records) -> Iterator[None]:
+    """Say where a row is too long."""
+    try:
+        yield
     except TooLong as error:
         raise InputError(f"{path}, row at line {records.line + 1}: {error}; is a quote left open?") from None
 
