@@ -100,7 +100,7 @@ class TextTokenizer:
         return [self._in_windows(ids.tolist()) for ids in self._read(texts)[0].rows()]
 
     def _in_windows(self, ids: list[int]) -> list[int]:
-        return into_windows(ids, self.max_tokens, self._around) if len(ids) > self.max_tokens else ids
+        return into_windows(ids, self.max_tokens, self._around)
 
     def varied_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of augmented texts: `MASK` becomes the tokenizer's own mask token.

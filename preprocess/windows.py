@@ -38,10 +38,13 @@ class Windows:
             setattr(config, KEY, asdict(self) if self.count > 1 else None)
 
     @staticmethod
-    def of_config(config: Any) -> Windows | None:
-        """Return the windows in a model's configuration; None if it reads only the beginning of a long text."""
-        found = getattr(config, KEY, None)
-        return Windows(**found) if found else None
+    def of(entry: dict[str, int] | None) -> Windows | None:
+        """Return the windows of an entry `KEY` of a model's configuration; None without one: the rest is cut off.
+
+        Raises:
+            TypeError: the entry is damaged.
+        """
+        return Windows(**entry) if entry else None
 
 
 def read_count(folder: Path) -> int:
@@ -64,7 +67,7 @@ def write_count(folder: Path, count: int) -> None:
         write_json(folder / FILE, {"count": count})
 
 
-def into_windows(ids: Sequence[int], tokens: int, added: tuple[int, int]) -> list[int]:
+def into_windows(ids: list[int], tokens: int, added: tuple[int, int]) -> list[int]:
     """Return a text's token ids as windows end to end; a text of at most `tokens` tokens stays as it is.
 
     Args:
@@ -72,7 +75,7 @@ def into_windows(ids: Sequence[int], tokens: int, added: tuple[int, int]) -> lis
         added: the number of special tokens at the start and at the end.
     """
     if len(ids) <= tokens:
-        return [*ids]
+        return ids
     first, last = added
     start, end, content = ids[:first], ids[len(ids) - last :], ids[first : len(ids) - last]
     size = tokens - first - last

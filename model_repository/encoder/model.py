@@ -171,7 +171,7 @@ class TritonPythonModel:
         spec = self.engine.spec
         if not (
             lengths.min() >= 1
-            and self.fit(lengths)
+            and self.fits(lengths)
             and lengths.sum() == len(tokens)
             and tokens.min() >= 0
             and (not spec.vocabulary or tokens.max() < spec.vocabulary)
@@ -195,7 +195,7 @@ class TritonPythonModel:
         timeout = self.callers.timeout(parameters, request.timeout())
         return QueuedRequest(call, tokens, lengths, is_bulk(parameters), timeout)
 
-    def fit(self, lengths: Any) -> bool:
+    def fits(self, lengths: Any) -> bool:
         """Return whether texts have at most `max_tokens` tokens or consist of full windows."""
         spec = self.engine.spec
         longest = lengths.max()

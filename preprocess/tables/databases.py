@@ -6,7 +6,6 @@ stays open while texts are classified.
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -74,9 +73,8 @@ def _copy(path: Path, since: Since | None, file: Path) -> None:
             writer.write_batch(batch)
 
 
-@atexit.register
 def forget(path: Path | None = None) -> None:
-    """Delete the temporary file of a table, or of all: the next command reads the table again."""
+    """Delete the temporary file of a table, or of all, before the process ends: the next command reads it again."""
     for each in [path] if path is not None else list(_TAKEN):
         if each in _TAKEN:
             _TAKEN.pop(each).unlink(missing_ok=True)

@@ -30,7 +30,7 @@ class Duck:
     def read(self, since: Since | None) -> Iterator[tuple[Any, Iterator[Any]]]:
         """Yield the schema and the batches of the rows as they are at one moment."""
         with opened(self._place, self._place.address, read_only=True) as database:
-            own = database.sql(f"SELECT * FROM {self._table} LIMIT 0").to_arrow_table().schema
+            own = self._schema(database)
             cast = {field.name: "VARCHAR" for field in own if not storable(field.type)}
             rows = database.sql(query(self._table, as_text(own, cast), since, cast, [])).to_arrow_reader(BATCH)
             yield rows.schema, iter(rows)
@@ -43,9 +43,10 @@ class Duck:
         with opened(self._place, self._place.address, read_only=True) as database:
             if not self._exists(database):
                 return None
-            require_columns(self._place, [column], database.sql(f"SELECT * FROM {self._table} LIMIT 0").columns)
-            kind = database.sql(f"SELECT {name} FROM {self._table} LIMIT 0").to_arrow_table().schema.field(0).type
-            found = database.sql(f"SELECT max({name}) FROM {self._table} WHERE {not_ahead(name, kind)}")
+            own = self._schema(database)
+            require_columns(self._place, [column], own.names)
+            condition = not_ahead(name, own.field(column).type)
+            found = database.sql(f"SELECT max({name}) FROM {self._table} WHERE {condition}")
             value = found.to_arrow_table()[0][0]
             return value if value.is_valid else None
 
@@ -61,8 +62,7 @@ class Duck:
             if not self._exists(database):
                 database.register("empty", schema.empty_table())
                 database.execute(f"CREATE TABLE {self._table} AS SELECT * FROM empty")
-            has = database.sql(f"SELECT * FROM {self._table} LIMIT 0").columns
-            require_columns(self._place, names, has)
+            require_columns(self._place, names, self._schema(database).names)
             database.register(STAGED, reader)
             database.execute(self._merge(names, keys, newer(schema, since, "old", "new")))
             database.commit()
@@ -76,6 +76,10 @@ class Duck:
             f"WHEN MATCHED AND {condition} THEN UPDATE SET {changes} "
             f"WHEN NOT MATCHED THEN INSERT ({columns}) VALUES ({values})"
         )
+
+    def _schema(self, database: Any) -> Any:
+        """Return the columns of the table, as Arrow has them."""
+        return database.sql(f"SELECT * FROM {self._table} LIMIT 0").to_arrow_table().schema
 
     def _exists(self, database: Any) -> bool:
         schema, name = ("main", *self._place.table)[-2:]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from aisle.client.taxonomy import COLUMNS
 from aisle.console import say
@@ -22,6 +21,7 @@ from aisle.train.categories.source import Table, joined, read_texts
 from aisle.train.core.calibration import softmax
 from aisle.train.core.checkpoint import Checkpoint
 from aisle.train.core.predict import logits_of
+from aisle.train.core.retrieval import terms
 
 Scores = npt.NDArray[np.float64]  # [categories, entries], from 0 to 1
 # "3237 - Animals > Live Animals" of Google; "gid://shopify/TaxonomyCategory/ap-1 : Animals > Live Animals" of Shopify.
@@ -95,7 +95,7 @@ def propose(
     Raises:
         InputError: the checkpoint, its texts or the taxonomy cannot be read, or the output cannot be written.
     """
-    file_format(out)  # fails early if the name cannot be written
+    kind = file_format(out)  # fails early if the name cannot be written
     source, entries = Checkpoint(checkpoint), read_taxonomy(taxonomy)
     texts = read_texts(source, table)
     scores = _scores(source, joined(texts.train, texts.validation), entries)
@@ -114,7 +114,7 @@ def propose(
         for j in order[i]
     ]
     with replacing(out) as writing:
-        write_rows(writing, lambda: iter(rows), [*COLUMNS, "score", *scores, "confirmed"], file_format(out))
+        write_rows(writing, lambda: iter(rows), [*COLUMNS, "score", *scores, "confirmed"], kind)
     _warn_of_another_language(scores["name_score"], taxonomy)
     best = rows[:: min(candidates, len(entries))]
     return {
@@ -149,14 +149,14 @@ def _scores(source: Checkpoint, texts: LabelledTexts, entries: Sequence[Entry]) 
 
 def _similarity(names: Sequence[str], others: Sequence[str]) -> Scores:
     """Return the cosine similarity of names' character n-grams, [names, others]."""
-    vectors = _vectorizer().fit([*names, *others])
+    vectors = terms().fit([*names, *others])
     found: Scores = (vectors.transform(names) @ vectors.transform(others).T).toarray()
     return found
 
 
 def _words(labels: Sequence[str], texts: LabelledTexts, leaves: Sequence[str]) -> Scores:
     """Return the cosine similarity of the mean vector of each category's texts to the names, [categories, names]."""
-    vectors = _vectorizer().fit(texts.texts)
+    vectors = terms().fit(texts.texts)
     rows, actual = vectors.transform(texts.texts), np.array(texts.labels)
     means = np.stack([np.asarray(rows[actual == label].sum(axis=0))[0] for label in labels])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
@@ -168,7 +168,3 @@ def _predicted(source: Checkpoint, leaves: Sequence[str]) -> Scores:
     """Return the probability that the model gives each category for a name, [categories, names]."""
     logits = logits_of(source.model, source.tokenizer.tokens(leaves), "classifying the names")
     return softmax(logits.astype(np.float64)).T
-
-
-def _vectorizer() -> Any:
-    return TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)

@@ -153,9 +153,9 @@ class Checkpoint:
     def windows(self) -> Windows | None:
         """How much of a long text it reads; None: as much as fits the token limit."""
         # A pretrained encoder, which has no labels, has a tokenizer too.
-        found = _read_config(self.folder).get(WINDOWS) if (self.folder / "config.json").is_file() else None
+        config = _read_config(self.folder) if (self.folder / "config.json").is_file() else {}
         try:
-            windows = Windows(**found) if found else None
+            windows = Windows.of(config.get(WINDOWS))
         except TypeError as error:
             raise InputError(f"{self.folder}/config.json is damaged: {WINDOWS}: {error}") from None
         if windows and self._max_tokens not in (None, windows.tokens):

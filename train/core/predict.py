@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aisle.console import track
 from aisle.errors import InputError
-from aisle.preprocess.windows import Windows, averaged, separate
+from aisle.preprocess.windows import KEY, Windows, averaged, separate
 from aisle.train.core.added import Below, mean_hidden
 from aisle.train.core.families import embedding_pooling, output_layer
 from aisle.train.core.head_rows import values_of
@@ -73,7 +73,7 @@ def features_of(model: Any, tokens: Tokens, description: str) -> npt.NDArray[np.
 
 def _windows(model: Any, tokens: Tokens) -> tuple[Tokens, npt.NDArray[np.integer[Any]]]:
     """Return what the model reads at once, and how many of these each text has: its windows, or the text itself."""
-    windows = Windows.of_config(model.config)
+    windows = Windows.of(getattr(model.config, KEY, None))
     return separate(tokens, windows.tokens) if windows else (tokens, np.ones(len(tokens), np.int64))
 
 

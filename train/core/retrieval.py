@@ -64,11 +64,15 @@ def recall(vectors: Any, found_in: Lookup) -> float:
 
 
 def tfidf_recall(found_in: Lookup) -> float:
-    """Return the recall of TF-IDF over character 2- to 4-grams, which finds equal words and numbers."""
+    """Return the recall of TF-IDF, as `terms` counts it."""
+    return recall(terms(np.float32).fit_transform(found_in.texts), found_in)
+
+
+def terms(dtype: type = np.float64) -> Any:
+    """Return a vectorizer: TF-IDF of character 2- to 4-grams within words, which finds equal words and numbers."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    terms = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, dtype=np.float32)
-    return recall(terms.fit_transform(found_in.texts), found_in)
+    return TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, dtype=dtype)
 
 
 def pairs_by_similarity(vectors: Any, groups: Sequence[str]) -> list[dict[str, float]]:
